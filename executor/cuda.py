@@ -1,0 +1,237 @@
+"""A CUDA card as a device: compute on the current stream, copies on a second one through a ring of pinned pieces.
+
+Nothing is allocated on the copy stream, so no `record_stream` is needed: the arena outlives both queues.
+Written to the protocol of device.py; the machines that run the tests have no card (tests/gpu runs on one).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from executor.device import Chunk, Files, Range
+from planner.errors import DoesNotFit, OutOfMemory, RunFailed
+from planner.units import MIB, format_gib
+
+PIECE_BYTES = 64 * MIB  # a power of two: the pinned allocator rounds up to one
+RING_PIECES = 3  # one being read, one being copied, one in between
+
+
+class RingPiece(NamedTuple):
+    """One pinned piece of the ring, and the event after which it may be filled anew."""
+
+    pinned: Tensor
+    view: memoryview
+    free: Any  # torch.cuda.Event
+
+
+class CudaDevice:
+    """Marks are events; device peaks are what the allocator reserved plus what the driver holds beside it."""
+
+    kind: Literal["cuda"] = "cuda"
+
+    def __init__(self, index: int = 0) -> None:
+        if not torch.cuda.is_available():
+            built = torch.version.cuda
+            why = (
+                "this torch was built without CUDA; install a CUDA build"
+                if built is None
+                else f"torch (CUDA {built}) finds no card or no driver"
+            )
+            raise RunFailed(
+                f"--device cuda: {why}, or run with --device cpu and a plan for the cpu"
+            )
+        self.torch_device = torch.device("cuda", index)
+        torch.cuda.set_device(self.torch_device)
+        self.name = torch.cuda.get_device_name(self.torch_device)
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        self._arena: Tensor | None = None
+        self._copy_stream: Any = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        self._ring: list[RingPiece] = []
+        self._next = 0
+        self._nvml = _Nvml.open(self.torch_device)
+        # the context exists from the first allocation on; what others hold on the card is told apart by NVML alone
+        torch.empty(1, device=self.torch_device)
+        self._peak_held = 0
+
+    # memory
+    def allocate_arena(self, size_bytes: int) -> Tensor:
+        free, total = torch.cuda.mem_get_info(self.torch_device)
+        try:
+            self._arena = torch.empty(size_bytes, dtype=torch.uint8, device=self.torch_device)
+        except torch.OutOfMemoryError:
+            raise OutOfMemory(
+                f"the arena needs {format_gib(size_bytes)}; the card has {format_gib(free)} of {format_gib(total)} free; "
+                "close other programs or plan for a smaller budget"
+            ) from None
+        self._fill_ring()
+        return self._arena
+
+    def _fill_ring(self) -> None:
+        try:
+            for _ in range(RING_PIECES):
+                pinned = torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True)
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self._ring.append(RingPiece(pinned, pinned.numpy().data, event))
+        except RuntimeError as error:
+            raise OutOfMemory(
+                f"{RING_PIECES} pinned pieces of {PIECE_BYTES // MIB} MiB of host memory were refused: {error}"
+            ) from None
+
+    def reserve_outside(self, size_bytes: int) -> None:
+        if size_bytes:
+            block = torch.empty(size_bytes, dtype=torch.uint8, device=self.torch_device)
+            del block
+
+    def cap(self, budget_bytes: int) -> None:
+        held, total = self.held_bytes(), torch.cuda.mem_get_info(self.torch_device)[1]
+        # the fraction limits what the allocator reserves, not the context beside it
+        beside = held - torch.cuda.memory_reserved(self.torch_device)
+        if budget_bytes <= beside:
+            raise DoesNotFit(
+                f"the budget of {format_gib(budget_bytes)} is below the {format_gib(beside)} that the driver's context holds"
+            )
+        fraction = min(1.0, (budget_bytes - beside) / total)
+        torch.cuda.set_per_process_memory_fraction(fraction, self.torch_device)
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+        self._peak_held = 0
+
+    def peak_bytes(self) -> int:
+        held = self.held_bytes()
+        beside = held - torch.cuda.memory_reserved(self.torch_device)
+        reserved = torch.cuda.max_memory_reserved(self.torch_device)
+        self._peak_held = max(self._peak_held, held, beside + reserved)
+        return self._peak_held
+
+    def held_bytes(self) -> int:
+        own = self._nvml.held_bytes() if self._nvml is not None else None
+        if own is not None:
+            return own
+        free, total = torch.cuda.mem_get_info(self.torch_device)
+        return total - free
+
+    def allocated_peak(self, call: Callable[[], None]) -> int:
+        before = torch.cuda.memory_allocated(self.torch_device)
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+        call()
+        self.synchronize()
+        return torch.cuda.max_memory_allocated(self.torch_device) - before
+
+    def release(self, ranges: Sequence[Range]) -> None:
+        pass  # a card holds the arena whole
+
+    def resident_bytes(self, ranges: Sequence[Range]) -> int:
+        return sum(stop - start for start, stop in ranges)
+
+    def notes(self) -> tuple[str, ...]:
+        if self._nvml is not None and self._nvml.held_bytes() is not None:
+            return ()
+        return (
+            "device bytes are the whole card's (mem_get_info): other programs on it are counted in; "
+            "install nvidia-ml-py for this process alone",
+        )
+
+    # queues
+    def mark_compute(self) -> Any:
+        return torch.cuda.current_stream(self.torch_device).record_event()
+
+    def mark_copy(self) -> Any:
+        return self._copy_stream.record_event()
+
+    def compute_waits(self, mark: Any) -> None:
+        torch.cuda.current_stream(self.torch_device).wait_event(mark)
+
+    def copy_waits(self, mark: Any) -> None:
+        if mark is not None:
+            self._copy_stream.wait_event(mark)
+
+    def fill(self, chunk: Chunk, files: Files) -> None:
+        assert self._arena is not None, "the arena comes before the first copy"
+        size_bytes, done = chunk.size_bytes, 0
+        targets = list(chunk.targets)
+        while done < size_bytes:
+            piece = self._ring[self._next]
+            self._next = (self._next + 1) % len(self._ring)
+            # the piece's last copy must have left it; an event never recorded is done
+            piece.free.synchronize()
+            take = min(PIECE_BYTES, size_bytes - done)
+            files.read(chunk.path, chunk.offset_bytes + done, [piece.view[:take]])
+            at = 0
+            with torch.cuda.stream(self._copy_stream):
+                while at < take:
+                    start, stop = targets[0]
+                    part = min(stop - start, take - at)
+                    self._arena[start : start + part].copy_(
+                        piece.pinned[at : at + part], non_blocking=True
+                    )
+                    at += part
+                    if start + part == stop:
+                        targets.pop(0)
+                    else:
+                        targets[0] = (start + part, stop)
+                piece.free.record(self._copy_stream)
+            done += take
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
+
+    # clock
+    def tick(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.torch_device))
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        return float(start.elapsed_time(end)) / 1000
+
+    def close(self) -> None:
+        # both queues must be idle before their memory goes
+        torch.cuda.synchronize(self.torch_device)
+        for piece in self._ring:
+            piece.view.release()
+        self._ring.clear()
+        self._arena = None
+        torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
+        torch.cuda.empty_cache()
+        if self._nvml is not None:
+            self._nvml.close()
+
+
+class _Nvml:
+    """This process's bytes on the card, from the driver's management library where it is installed."""
+
+    def __init__(self, library: Any, handle: Any) -> None:
+        self._library = library
+        self._handle = handle
+
+    @classmethod
+    def open(cls, device: torch.device) -> _Nvml | None:
+        try:
+            import pynvml  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        except ImportError:
+            return None
+        try:
+            pynvml.nvmlInit()
+            uuid = str(torch.cuda.get_device_properties(device).uuid)
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        except (pynvml.NVMLError, AttributeError, OSError):
+            return None  # an old driver, or one that hides the card's id
+        return cls(pynvml, handle)
+
+    def held_bytes(self) -> int | None:
+        try:
+            processes = self._library.nvmlDeviceGetComputeRunningProcesses(self._handle)
+        except self._library.NVMLError:
+            return None
+        # inside a container the driver may list another number for this process: then None
+        own = [p.usedGpuMemory for p in processes if p.pid == os.getpid()]
+        return int(own[0]) if own and own[0] is not None else None
+
+    def close(self) -> None:
+        self._library.nvmlShutdown()

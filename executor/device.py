@@ -1,0 +1,155 @@
+"""The protocol between the executor and a device: memory, two queues, a clock. `cpu.py` and `cuda.py` implement it.
+
+Compute is issued by the main thread, copies by the reader thread (weights.py). A *mark* is a point in one of the two
+queues; the other queue can be made to wait for it. On the CPU work is done when it is issued, so marks are None; on
+CUDA they are events. The host-side order (which step was issued, which copy was issued) is the Reader's business.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from planner.errors import CheckpointError
+
+Mark = Any  # None, or a torch.cuda.Event
+Tick = Any  # seconds as float, or a torch.cuda.Event
+Range = tuple[int, int]  # [start, stop) in bytes of the arena
+
+
+class Chunk(NamedTuple):
+    """One contiguous read of a file, scattered to arena ranges in order."""
+
+    path: Path
+    offset_bytes: int
+    targets: tuple[Range, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(stop - start for start, stop in self.targets)
+
+
+class Files:
+    """Open files by path, each opened once, read only; closed together."""
+
+    def __init__(self) -> None:
+        self._handles: dict[Path, int] = {}
+
+    def read(self, path: Path, offset_bytes: int, targets: Sequence[memoryview]) -> None:
+        """Fill the targets one behind another from `offset_bytes` on; CheckpointError where the file ends early or cannot be read."""
+        views = [view for view in targets if len(view)]
+        try:
+            handle = self._handles.get(path)
+            if handle is None:
+                flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+                handle = self._handles[path] = os.open(path, flags)
+            while views:
+                count = _read_once(handle, views, offset_bytes)
+                if count == 0:
+                    missing = sum(len(view) for view in views)
+                    raise CheckpointError(
+                        f"{path}: the file ends at byte {offset_bytes}, {missing} bytes short of a tensor; "
+                        "it was cut off or replaced: fetch it anew"
+                    )
+                offset_bytes += count
+                while views and count >= len(views[0]):
+                    count -= len(views.pop(0))
+                if count:
+                    views[0] = views[0][count:]
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: cannot be read at byte {offset_bytes}: {error.strerror}"
+            ) from None
+
+    def close(self) -> None:
+        while self._handles:
+            os.close(self._handles.popitem()[1])
+
+
+def _read_once(handle: int, views: Sequence[memoryview], offset_bytes: int) -> int:
+    """Bytes read by one call; fewer than asked for at the end of the file or of the kernel's patience."""
+    if hasattr(os, "preadv"):
+        return os.preadv(handle, views[:1024], offset_bytes)  # 1024: IOV_MAX
+    os.lseek(handle, offset_bytes, os.SEEK_SET)  # Windows; one thread reads
+    data = os.read(handle, len(views[0]))
+    views[0][: len(data)] = data
+    return len(data)
+
+
+class Device(Protocol):
+    """Where a plan runs. One arena; compute and copy queues; peaks as the system sees them."""
+
+    @property
+    def kind(self) -> Literal["cpu", "cuda"]: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def torch_device(self) -> torch.device: ...
+
+    def allocate_arena(self, size_bytes: int) -> Tensor:
+        """The one allocation, uint8; OutOfMemory with the numbers where it is refused."""
+        ...
+
+    def reserve_outside(self, size_bytes: int) -> None:
+        """Take and free one block, so that what kernels take outside the arena is reserved from the start."""
+        ...
+
+    def cap(self, budget_bytes: int) -> None:
+        """From now on refuse what would pass the budget, as hard as the device can."""
+        ...
+
+    # queues
+    def mark_compute(self) -> Mark: ...
+
+    def mark_copy(self) -> Mark: ...
+
+    def compute_waits(self, mark: Mark) -> None: ...
+
+    def copy_waits(self, mark: Mark) -> None: ...
+
+    def fill(self, chunk: Chunk, files: Files) -> None:
+        """Read one chunk into the arena, in the copy queue; called by the reader thread."""
+        ...
+
+    def synchronize(self) -> None: ...
+
+    # clock
+    def tick(self) -> Tick: ...
+
+    def seconds(self, start: Tick, end: Tick) -> float:
+        """Between two ticks; only after `synchronize`."""
+        ...
+
+    # memory
+    def reset_peak(self) -> None: ...
+
+    def peak_bytes(self) -> int | None:
+        """The most that the process held on the device since the last reset; None where nobody tells."""
+        ...
+
+    def held_bytes(self) -> int | None: ...
+
+    def allocated_peak(self, call: Callable[[], None]) -> int:
+        """The most bytes that torch's allocator had given out at once during the call, beyond those it began with."""
+        ...
+
+    def release(self, ranges: Sequence[Range]) -> None:
+        """Give back the whole pages inside ranges of the arena; their content is lost."""
+        ...
+
+    def resident_bytes(self, ranges: Sequence[Range]) -> int | None:
+        """Arena bytes that the device really holds of these ranges."""
+        ...
+
+    def notes(self) -> tuple[str, ...]:
+        """What could not be measured here, one sentence each."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,73 @@
+"""From logits to the next token: repetition penalty, then the most likely one, or temperature, top-p and a draw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from planner.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen. Temperature 0 takes the most likely one, and then top_p and seed mean nothing."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature <= 100.0:
+            raise InputError(f"temperature: wanted 0 to 100, found {self.temperature}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise InputError(f"top-p: wanted above 0 and at most 1, found {self.top_p}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed: wanted a whole number from 0 to 2^63 - 1, found {self.seed}")
+        if not 0.0 < self.repetition_penalty <= 100.0:
+            raise InputError(
+                f"repetition penalty: wanted above 0 and at most 100, found {self.repetition_penalty}"
+            )
+
+
+def seen_mask(ids: Iterable[int], vocabulary: int) -> Tensor:
+    """True (V,) at every id of the prompt, image tokens included."""
+    mask = torch.zeros(vocabulary, dtype=torch.bool)
+    mask[torch.tensor(sorted(set(ids)), dtype=torch.int64)] = True
+    return mask
+
+
+def generator(sampling: Sampling) -> torch.Generator:
+    """A generator on the CPU, so that the same seed draws the same tokens on every device."""
+    return torch.Generator(device="cpu").manual_seed(sampling.seed)
+
+
+def next_token(
+    logits: Tensor, seen: Tensor, sampling: Sampling, draws: torch.Generator | None = None
+) -> int:
+    """The next token's id from logits (V,) of any float type on the CPU; `seen` (V,) marks ids of prompt and answer so far.
+
+    The order is transformers': penalty, temperature, top-p, all in float32.
+    """
+    # copied, since the penalty is applied in place and the logits may still be saved
+    scores = logits.detach().to("cpu", torch.float32, copy=True).view(-1)
+    if sampling.repetition_penalty != 1.0:
+        penalised = scores[seen]
+        scores[seen] = torch.where(
+            penalised < 0,
+            penalised * sampling.repetition_penalty,
+            penalised / sampling.repetition_penalty,
+        )
+    if sampling.temperature == 0.0:
+        return int(scores.argmax())
+    scores /= sampling.temperature
+    if sampling.top_p < 1.0:
+        ordered, order = torch.sort(scores, descending=False)
+        # the least likely ids whose probabilities together stay within 1 - top_p go; the last one always stays
+        drop = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - sampling.top_p
+        drop[-1] = False
+        scores[order[drop]] = float("-inf")
+    return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=draws))
