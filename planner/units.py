@@ -19,7 +19,7 @@ _FACTORS = {
     "GiB": GIB,
     "TiB": 2**40,
 }
-_SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)\s?([A-Za-z]{1,3})")
+_SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?) ?([A-Za-z]{1,3})")
 
 
 def parse_bytes(text: str, *, what: str = "size") -> int:
@@ -36,7 +36,8 @@ def parse_bytes(text: str, *, what: str = "size") -> int:
         )
     whole, _, fraction = match[1].partition(".")
     # integers throughout, so that a size never depends on how a float rounds
-    size_bytes = int(whole + fraction) * factor // 10 ** len(fraction)
+    scale: int = 10 ** len(fraction)
+    size_bytes = int(whole + fraction) * factor // scale
     if size_bytes <= 0:
         raise UnitsError(f"{what}: wanted a size above zero, found {text!r}")
     return size_bytes
@@ -63,6 +64,6 @@ def format_seconds(seconds: float) -> str:
     if seconds < 0.0995:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 99.5:
-        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+        return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s"
