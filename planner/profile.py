@@ -68,6 +68,8 @@ class DeviceProfile(Frozen):
     )
     max_tensor_bytes: PositiveInt
     sm_count: PositiveInt | None
+    threads: PositiveInt | None  # that the CPU's kernels run on; None on a card
+    amx: bool  # a CPU whose 16-bit kernels use tile units: attention repacks keys and values
 
     bandwidth_bytes_per_s: PositiveInt  # device memory, sustained
     matmul_flops_per_s: Rates
@@ -129,6 +131,7 @@ class DeviceProfile(Frozen):
 
 # not figures: what names the device, and what another figure's source covers
 _COVERED = {
+    *("threads", "amx"),
     *("id", "name", "kind", "compute_capability", "bf16", "note", "allocator", "sources"),
     *("context_error_bytes", "code_default_bytes"),
 }

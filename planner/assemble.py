@@ -1,0 +1,451 @@
+"""One setting of the levers, worked out: program, graph, layout, bytes, seconds; and the Plan that comes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from planner import graph as graphs
+from planner.graph import Intervals
+from planner.layout import Layout, pack
+from planner.plan import (
+    Buffer,
+    Copy,
+    DeviceTerms,
+    HostBuffer,
+    Levers,
+    MemoryTerm,
+    Outside,
+    PhasePrediction,
+    Plan,
+    Prediction,
+    Residency,
+    Step,
+    Unit,
+    Variant,
+)
+from planner.problem import Problem
+from planner.schedule import Choice, Program, program, resident_units
+from planner.simulate import (
+    StepBytes,
+    Timeline,
+    peak_bytes,
+    queue_order,
+    reserved_bytes,
+    step_bytes,
+    timeline,
+)
+from planner.template import units
+from planner.workload import host_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """A choice with everything that follows from it. Device bytes are per step, `expected` and `bound`."""
+
+    choice: Choice
+    program: Program
+    lifetimes: dict[str, Intervals]
+    layout: Layout
+    bytes: list[StepBytes]
+    host: list[int]
+    outside: list[tuple[Outside, ...]]
+    step_seconds: list[float]
+    copy_seconds: dict[str, float]
+    time: Timeline
+    context_bytes: int
+    context_error_bytes: int
+    load_bytes: int
+    expected: list[int]
+
+    @property
+    def seconds(self) -> float:
+        return self.time.seconds
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.load_bytes, *self.expected)
+
+    @property
+    def peak_index(self) -> int:
+        """The step at the peak; where the device holds the same throughout (a card), the one with most bytes in use."""
+        in_use = [step.live + step.outside for step in self.bytes]
+        return max(range(len(in_use)), key=lambda i: (self.expected[i], in_use[i]))
+
+    @property
+    def bound_bytes(self) -> int:
+        return self.peak_bytes + self.context_error_bytes
+
+
+class Draft(NamedTuple):
+    """A program with its seconds, before its bytes are known."""
+
+    program: Program
+    step_seconds: list[float]
+    copy_seconds: dict[str, float]
+    time: Timeline
+
+
+def draft(problem: Problem, choice: Choice, prefetch_after: dict[str, int] | None = None) -> Draft:
+    """The program of a choice and its seconds; of two ways to order the copy queue the faster."""
+    sizes = problem.unit_sizes(choice.tiles.vocabulary_rows)
+    drafted = program(choice, problem.model, problem.workload, sizes, prefetch_after=prefetch_after)
+    head_rows = min(choice.tiles.vocabulary_rows, problem.model.text.vocabulary)
+    step_seconds = [problem.seconds_of(step, choice.tiles, head_rows) for step in drafted.steps]
+    copy_seconds = _copy_seconds(problem, drafted)
+    found: list[Draft] = []
+    for patient in (True, False):
+        copies = queue_order(drafted, step_seconds, copy_seconds, patient=patient)
+        ordered = replace(drafted, copies=copies)
+        time = timeline(ordered, step_seconds, copy_seconds)
+        found.append(Draft(ordered, step_seconds, copy_seconds, time))
+    return min(found, key=lambda d: d.time.seconds)
+
+
+def evaluate(
+    problem: Problem, choice: Choice, prefetch_after: dict[str, int] | None = None
+) -> Evaluated:
+    """Work one choice out, budget or not."""
+    return work_out(problem, draft(problem, choice, prefetch_after))
+
+
+def work_out(problem: Problem, drafted_: Draft) -> Evaluated:
+    """Graph, layout and bytes of a drafted program."""
+    model, workload, profile = problem.model, problem.workload, problem.profile
+    drafted, step_seconds, copy_seconds, time = drafted_
+    choice = drafted.choice
+    lifetimes = graphs.lifetimes(graphs.build(drafted), drafted)
+    buffer_sizes = {name: buffer.size_bytes for name, buffer in drafted.buffers.items()}
+    layout = pack(buffer_sizes, lifetimes)
+    live = graphs.live_bytes(lifetimes, buffer_sizes, len(drafted.steps))
+    head_rows = min(choice.tiles.vocabulary_rows, model.text.vocabulary)
+    outside = [problem.outside_of(step, choice.tiles) for step in drafted.steps]
+    bytes_ = step_bytes(
+        drafted,
+        model,
+        workload,
+        lifetimes,
+        layout.offsets,
+        live,
+        outside,
+        arena_bytes=layout.height_bytes,
+        by_pages=problem.on_cpu,
+    )
+    host = _host_bytes(problem, drafted)
+    shapes = problem.gemm_shapes(choice.tiles, choice.images_together)
+    context = problem.context_bytes(shapes)
+    if problem.on_cpu:
+        expected = [
+            context + step.resident + step.outside + h for step, h in zip(bytes_, host, strict=True)
+        ]
+        load = context + problem.decoding_bytes
+    else:
+        reserved = reserved_bytes(
+            layout.height_bytes, (profile.workspace_bytes, profile.lt_workspace_bytes), outside
+        )
+        expected = [context + reserved] * len(bytes_)
+        load = context
+    return Evaluated(
+        choice=choice,
+        program=drafted,
+        lifetimes=lifetimes,
+        layout=layout,
+        bytes=bytes_,
+        host=host,
+        outside=outside,
+        step_seconds=step_seconds,
+        copy_seconds=copy_seconds,
+        time=time,
+        context_bytes=context,
+        context_error_bytes=profile.context_error_bytes,
+        load_bytes=load,
+        expected=expected,
+    )
+
+
+def pixel_buffers(problem: Problem, drafted: Program) -> list[HostBuffer]:
+    """Resized images on the host, each alive until its patches are embedded; none where the host is not the device."""
+    if not problem.on_cpu:
+        return []
+    embedded = [(i, s.images) for i, s in enumerate(drafted.steps) if s.kind == "patch_embed"]
+    result = []
+    for number, image in enumerate(problem.workload.images):
+        last = max(index for index, images in embedded if number in images)
+        result.append(
+            HostBuffer(
+                name=f"pixels[{number}]",
+                size_bytes=host_bytes(image).kept_bytes,
+                lifetimes=((0, last + 1),),
+            )
+        )
+    return result
+
+
+def _host_bytes(problem: Problem, drafted: Program) -> list[int]:
+    host = [0] * len(drafted.steps)
+    for buffer in pixel_buffers(problem, drafted):
+        for birth, death in buffer.lifetimes:
+            for index in range(birth, death):
+                host[index] += buffer.size_bytes
+    return host
+
+
+def _copy_seconds(problem: Problem, drafted: Program) -> dict[str, float]:
+    seen: set[str] = set()
+    seconds = {}
+    for copy in drafted.copies:
+        first = copy.unit not in seen
+        seen.add(copy.unit)
+        seconds[copy.id] = problem.costs.copy(copy.size_bytes, first=first, cached=problem.cached)
+    return seconds
+
+
+# --- the plan -----------------------------------------------------------------------------------------------------
+
+
+def assemble(
+    problem: Problem,
+    found: Evaluated,
+    *,
+    lower_bound: float,
+    candidates: int,
+    smallest_bytes: int,
+    variants: tuple[Variant, ...],
+) -> Plan:
+    """The Plan of an evaluated choice. Deterministic: the same request gives the same bytes."""
+    request, profile = problem.request, problem.profile
+    drafted, choice = found.program, found.choice
+    steps = tuple(
+        Step(
+            id=step.id,
+            phase=step.phase,
+            kind=step.kind,
+            images=step.images,
+            unit=step.unit,
+            weights=step.weights,
+            reads=step.reads,
+            writes=step.writes,
+            waits=step.waits,
+            kernel=problem.kernel
+            if step.kind in ("window_attn", "full_attn", "self_attn")
+            else None,
+            outside=found.outside[index],
+            live_bytes=found.bytes[index].live,
+            resident_bytes=found.bytes[index].resident,
+            outside_bytes=found.bytes[index].outside,
+            host_bytes=found.host[index],
+            expected_bytes=found.expected[index],
+            seconds=found.step_seconds[index],
+        )
+        for index, step in enumerate(drafted.steps)
+    )
+    copies = tuple(
+        Copy(
+            id=copy.id,
+            phase=copy.phase,
+            unit=copy.unit,
+            buffer=copy.buffer,
+            after=drafted.steps[copy.after].id if copy.after >= 0 else None,
+            wraps=copy.wraps,
+            once=copy.once,
+            size_bytes=copy.size_bytes,
+            seconds=found.copy_seconds[copy.id],
+        )
+        for copy in drafted.copies
+    )
+    arena = tuple(
+        Buffer(
+            name=name,
+            kind=draft.kind,
+            offset_bytes=found.layout.offsets[name],
+            size_bytes=draft.size_bytes,
+            lifetimes=found.lifetimes[name],
+            views=draft.views,
+        )
+        for name, draft in drafted.buffers.items()
+    )
+    peak_index = found.peak_index
+    terms = peak_terms(problem, found, peak_index)
+    return Plan(
+        schema_version=1,
+        request=request.command,
+        model=problem.model,
+        workload=problem.workload,
+        device=DeviceTerms(
+            profile=profile.id,
+            kind=profile.kind,
+            budget_bytes=request.budget_bytes,
+            context_bytes=found.context_bytes,
+            context_error_bytes=found.context_error_bytes,
+            max_tensor_bytes=profile.max_tensor_bytes,
+            allocator=profile.allocator,
+        ),
+        levers=Levers(
+            order=choice.order,
+            images_together=choice.images_together,
+            staging_depth=choice.depth,
+            tiles=choice.tiles,
+            residency=residency(problem, drafted),
+        ),
+        units=used_units(problem, choice),
+        buffers=arena,
+        host_buffers=tuple(pixel_buffers(problem, drafted)),
+        steps=steps,
+        copies=copies,
+        decode_repeats=drafted.decode_repeats,
+        prediction=Prediction(
+            phases=_phases(problem, found),
+            peak_step=steps[peak_index].id if found.peak_bytes > found.load_bytes else "load",
+            terms=terms,
+            expected_peak_bytes=found.peak_bytes,
+            bound_peak_bytes=found.bound_bytes,
+            arena_bytes=found.layout.height_bytes,
+            live_peak_bytes=found.layout.lower_bound_bytes,
+            seconds=found.seconds + profile.start_s,
+            seconds_lower_bound=lower_bound + profile.start_s,
+            candidates=candidates,
+            smallest_budget_bytes=smallest_bytes,
+            variants=variants,
+        ),
+    )
+
+
+def used_units(problem: Problem, choice: Choice) -> tuple[Unit, ...]:
+    """Units of the model at this choice's lm_head tiles."""
+    return units(problem.model, choice.tiles.vocabulary_rows)
+
+
+def residency(problem: Problem, drafted: Program) -> tuple[Residency, ...]:
+    """Resident units by class and phase, counted in the program."""
+    sizes = problem.unit_sizes(drafted.choice.tiles.vocabulary_rows)
+    heads = sum(1 for unit in sizes if unit.startswith("text/lm_head["))
+    phases = ["vision", "prefill"] + (["decode"] if drafted.decode_repeats else [])
+    result = []
+    for phase in phases:
+        resident = resident_units(phase, drafted.choice, problem.model, heads)  # type: ignore[arg-type]
+        stage = "visual/" if phase == "vision" else "text/"
+        classes: dict[str, list[int]] = {}
+        for unit in sizes:
+            if unit.startswith(stage):
+                counts = classes.setdefault(unit_class(unit), [0, 0])
+                counts[0] += unit in resident
+                counts[1] += 1
+        result += [
+            Residency(phase=phase, unit_class=name, resident=counts[0], total=counts[1])  # type: ignore[arg-type]
+            for name, counts in classes.items()
+        ]
+    return tuple(result)
+
+
+def unit_class(unit: str) -> str:
+    """`visual/blocks.7.attn` is of class `vision.attn`."""
+    stage, _, module = unit.partition("/")
+    last = module.rsplit(".", 1)[-1].partition("[")[0]
+    return f"{'vision' if stage == 'visual' else 'text'}.{ {'self_attn': 'attn'}.get(last, last) }"
+
+
+def peak_terms(problem: Problem, found: Evaluated, index: int) -> tuple[MemoryTerm, ...]:
+    """What the device holds at one step, term by term; they add up to the step's expected bytes."""
+    profile, drafted = problem.profile, found.program
+    by_kind: dict[str, int] = {}
+    for name, spans in found.lifetimes.items():
+        if any(birth <= index < death for birth, death in spans):
+            buffer = drafted.buffers[name]
+            by_kind[buffer.kind] = by_kind.get(buffer.kind, 0) + buffer.size_bytes
+    terms = [("context", found.context_bytes, profile.sources.get("context_bytes", profile.id))]
+    names = {
+        "weights": "resident weights",
+        "staging": "staging of streamed weights",
+        "kv_cache": "KV cache",
+        "residual": "residual streams",
+        "scratch": "activations of a tile",
+    }
+    terms += [(names[kind], by_kind[kind], "tensor shapes") for kind in names if kind in by_kind]
+    step = found.bytes[index]
+    # what lies in the arena without being alive: gaps, and pages not written yet (negative)
+    terms.append(("rest of the arena", step.resident - step.live, "layout"))
+    if problem.on_cpu:
+        terms.append(("kernels' own blocks", step.outside, "measured formulas per kernel"))
+        terms.append(("images on the host", found.host[index], "image sizes"))
+    else:
+        extra = found.expected[index] - found.context_bytes - step.resident
+        terms.append(("library workspaces and kernels' blocks", extra, "allocator rules"))
+    return tuple(
+        MemoryTerm(
+            name=name,
+            expected_bytes=size,
+            error_bytes=found.context_error_bytes if name == "context" else 0,
+            source=source,
+        )
+        for name, size, source in terms
+        if size or name == "context"
+    )
+
+
+def _phases(problem: Problem, found: Evaluated) -> tuple[PhasePrediction, ...]:
+    drafted = found.program
+    result = [
+        PhasePrediction(
+            phase="load",
+            weights_resident_bytes=0,
+            weights_streamed_bytes=0,
+            activations_bytes=0,
+            kv_cache_bytes=0,
+            staging_bytes=0,
+            outside_bytes=problem.decoding_bytes,
+            context_bytes=found.context_bytes,
+            expected_peak_bytes=found.load_bytes,
+            bound_peak_bytes=found.load_bytes + found.context_error_bytes,
+            seconds=problem.profile.start_s,
+            compute_seconds=0.0,
+            copy_seconds=0.0,
+        )
+    ]
+    for phase, time in found.time.phases.items():
+        indexes = [i for i, step in enumerate(drafted.steps) if step.phase == phase]
+        kinds = {
+            kind: _peak_of_kind(found, kind, indexes[0], indexes[-1] + 1)
+            for kind in ("weights", "staging", "kv_cache", "residual", "scratch")
+        }
+        peak = max(found.expected[i] for i in indexes)
+        streamed = sum(
+            copy.size_bytes
+            * (drafted.decode_repeats if copy.phase == "decode" and not copy.once else 1)
+            for copy in drafted.copies
+            if copy.phase == phase and copy.buffer.startswith("staging/")
+        )
+        result.append(
+            PhasePrediction(
+                phase=phase,
+                weights_resident_bytes=kinds["weights"],
+                weights_streamed_bytes=streamed,
+                activations_bytes=kinds["residual"] + kinds["scratch"],
+                kv_cache_bytes=kinds["kv_cache"],
+                staging_bytes=kinds["staging"],
+                outside_bytes=max(peak_bytes(found.outside[i]) for i in indexes),
+                context_bytes=found.context_bytes,
+                expected_peak_bytes=peak,
+                bound_peak_bytes=peak + found.context_error_bytes,
+                seconds=time.seconds,
+                compute_seconds=time.compute_seconds,
+                copy_seconds=time.copy_seconds,
+            )
+        )
+    return tuple(result)
+
+
+def _peak_of_kind(found: Evaluated, kind: str, start: int, stop: int) -> int:
+    change = [0] * (stop - start + 1)
+    for name, spans in found.lifetimes.items():
+        buffer = found.program.buffers[name]
+        if buffer.kind == kind:
+            for birth, death in spans:
+                low, high = max(birth, start), min(death, stop)
+                if low < high:
+                    change[low - start] += buffer.size_bytes
+                    change[high - start] -= buffer.size_bytes
+    total = peak = 0
+    for delta in change:
+        total += delta
+        peak = max(peak, total)
+    return peak

@@ -1,0 +1,277 @@
+"""A plan verified slowly and independently: nothing here uses the planner's own arithmetic, only the Plan itself.
+
+The decode loop is unrolled; every step and every copy becomes an *occurrence*. A copy may be writing at any moment
+between the end of the step it comes after and the start of the first step that waits for it. What two occurrences
+may do at the same moment must not touch the same bytes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from planner.plan import DTYPE_BYTES, Buffer, Copy, Plan, Step
+
+UNROLLED = 3
+
+
+class Occurrence(NamedTuple):
+    step: Step
+    iteration: int
+
+
+class Transfer(NamedTuple):
+    """A copy's occurrence: it writes at some moment in `[start, need)`, in steps of the unrolled order."""
+
+    copy: Copy
+    start: int
+    need: int
+
+
+def check(plan: Plan) -> list[str]:
+    """Everything wrong with a plan, as sentences; empty where it holds."""
+    buffers = {buffer.name: buffer for buffer in plan.buffers}
+    order = _unroll(plan)
+    problems = _shape_problems(plan, buffers)
+    transfers, missing = _transfers(plan, order)
+    problems += missing
+    problems += _deadlocks(plan, order)
+    problems += _content_problems(plan, buffers, order, transfers)
+    problems += _overlaps(buffers, order, transfers)
+    problems += _peak_problems(plan)
+    return problems
+
+
+def _unroll(plan: Plan) -> list[Occurrence]:
+    order = [Occurrence(step, 0) for step in plan.steps if step.phase != "decode"]
+    body = [step for step in plan.steps if step.phase == "decode"]
+    for iteration in range(min(UNROLLED, plan.decode_repeats)):
+        order += [Occurrence(step, iteration) for step in body]
+    return order
+
+
+def _shape_problems(plan: Plan, buffers: dict[str, Buffer]) -> list[str]:
+    problems = []
+    units = {unit.id: unit for unit in plan.units}
+    limit = plan.device.max_tensor_bytes
+    for buffer in plan.buffers:
+        if buffer.offset_bytes % 512 or buffer.offset_bytes < 0:
+            problems.append(f"{buffer.name}: offset {buffer.offset_bytes} is not a multiple of 512")
+        if buffer.offset_bytes + buffer.size_bytes > plan.prediction.arena_bytes:
+            problems.append(f"{buffer.name}: ends beyond the arena")
+        end = 0
+        for view in sorted(buffer.views, key=lambda view: view.offset_bytes):
+            size = DTYPE_BYTES[view.dtype]
+            for extent in view.shape:
+                size *= extent
+            if view.offset_bytes < end or view.offset_bytes + size > buffer.size_bytes:
+                problems.append(
+                    f"{buffer.name}: view {view.name} overlaps another or ends beyond it"
+                )
+            end = view.offset_bytes + size
+            if size > limit:
+                problems.append(
+                    f"{buffer.name}: view {view.name} has {size} bytes, more than {limit}"
+                )
+    for copy in plan.copies:
+        unit = units[copy.unit]
+        if unit.size_bytes > buffers[copy.buffer].size_bytes:
+            problems.append(f"{copy.id}: {unit.id} does not fit {copy.buffer}")
+        if unit.size_bytes != copy.size_bytes:
+            problems.append(
+                f"{copy.id}: says {copy.size_bytes} bytes, its unit has {unit.size_bytes}"
+            )
+        problems += [
+            f"{t.name}: more than {limit} bytes" for t in unit.tensors if t.size_bytes > limit
+        ]
+    if plan.workload.context_tokens < plan.workload.prompt_tokens + plan.workload.max_new_tokens:
+        problems.append("the KV cache is too small for prompt and answer")
+    if plan.decode_repeats != plan.workload.max_new_tokens - 1:
+        problems.append("decode repeats do not give the wanted number of tokens")
+    return problems
+
+
+def _transfers(plan: Plan, order: list[Occurrence]) -> tuple[list[Transfer], list[str]]:
+    """Occurrences of all copies, with the moments they may write in."""
+    at = {(o.step.id, o.iteration): index for index, o in enumerate(order)}
+    prefill_end = max(i for i, o in enumerate(order) if o.step.phase != "decode")
+    needs: dict[str, list[int]] = {}
+    for index, occurrence in enumerate(order):
+        for waited in occurrence.step.waits:
+            needs.setdefault(waited, []).append(index)
+    known = {copy.id for copy in plan.copies}
+    problems = [f"a step waits for {name}, which is no copy" for name in needs if name not in known]
+    transfers = []
+    for copy in plan.copies:
+        needed = needs.get(copy.id, [])
+        if not needed:
+            problems.append(f"{copy.id}: no step waits for it")
+            continue
+        for iteration, need in enumerate(needed[:1] if copy.once else needed):
+            if copy.after is None:
+                start = 0
+            elif copy.wraps:
+                last = at[copy.after, iteration - 1] if iteration else prefill_end
+                start = last + 1
+            else:
+                start = (
+                    at[copy.after, iteration]
+                    if (copy.after, iteration) in at
+                    else at[copy.after, 0]
+                ) + 1
+            if start > need:
+                problems.append(f"{copy.id}: may only start after the step that waits for it")
+            transfers.append(Transfer(copy, start, need))
+    return transfers, problems
+
+
+def _deadlocks(plan: Plan, order: list[Occurrence]) -> list[str]:
+    """Run both queues, each as far as its waits allow, until both are done or neither moves."""
+    queue: list[tuple[Copy, int]] = [(c, 0) for c in plan.copies if c.phase != "decode"]
+    for iteration in range(min(UNROLLED, plan.decode_repeats)):
+        queue += [
+            (c, iteration)
+            for c in plan.copies
+            if c.phase == "decode" and (iteration == 0 or not c.once)
+        ]
+    done: set[tuple[str, int]] = set()
+    prefill_last = [o for o in order if o.step.phase != "decode"][-1].step.id
+    landed: set[tuple[str, int]] = set()
+    once = {copy.id for copy in plan.copies if copy.once or copy.phase != "decode"}
+    step, position = 0, 0
+    while step < len(order) or position < len(queue):
+        moved = False
+        while position < len(queue):
+            copy, iteration = queue[position]
+            after = (copy.after, iteration)
+            if copy.wraps:
+                after = (copy.after, iteration - 1) if iteration else (prefill_last, 0)
+            elif copy.phase == "decode" and not _in_loop(plan, copy.after):
+                after = (copy.after, 0)
+            if copy.after is not None and after not in done:
+                break
+            landed.add((copy.id, iteration))
+            position += 1
+            moved = True
+        if step < len(order):
+            waiting = order[step]
+            if all(
+                (w, 0 if w in once else waiting.iteration) in landed for w in waiting.step.waits
+            ):
+                done.add((waiting.step.id, waiting.iteration))
+                step += 1
+                moved = True
+        if not moved:
+            return [f"deadlock: {order[step].step.id} and the copy queue wait for each other"]
+    return []
+
+
+def _in_loop(plan: Plan, step_id: str | None) -> bool:
+    return step_id is not None and step_id.startswith("decode/")
+
+
+def _content_problems(
+    plan: Plan, buffers: dict[str, Buffer], order: list[Occurrence], transfers: list[Transfer]
+) -> list[str]:
+    """Every read after its write; every weight read finds its own unit, waited for."""
+    problems = []
+    arrivals: dict[int, list[Transfer]] = {}
+    for transfer in transfers:
+        arrivals.setdefault(transfer.need, []).append(transfer)
+    holds: dict[str, str] = {}
+    written: set[str] = set()
+    for index, (step, _) in enumerate(order):
+        for transfer in arrivals.get(index, ()):
+            holds[transfer.copy.buffer] = transfer.copy.unit
+        if step.unit is not None and (step.weights is None or holds.get(step.weights) != step.unit):
+            found = holds.get(step.weights or "")
+            problems.append(f"{step.id}: wants {step.unit} in {step.weights}, which holds {found}")
+        problems += [
+            f"{step.id}: reads {b} before it is written" for b in step.reads if b not in written
+        ]
+        problems += [
+            f"{step.id}: {b} is no buffer" for b in (*step.reads, *step.writes) if b not in buffers
+        ]
+        written.update(step.writes)
+    return problems
+
+
+def _overlaps(
+    buffers: dict[str, Buffer], order: list[Occurrence], transfers: list[Transfer]
+) -> list[str]:
+    """No two buffers whose contents matter at the same moment share a byte."""
+    spans: dict[str, list[tuple[int, int]]] = {name: [] for name in buffers}
+    begun: dict[str, int] = {}
+    starts: dict[int, list[Transfer]] = {}
+    for transfer in transfers:
+        starts.setdefault(transfer.start, []).append(transfer)
+        # a refill must not begin while the version before is still to be read
+    last_use: dict[str, int] = {}
+    first_wait = {(t.copy.buffer, t.need): t.start for t in transfers}
+    problems = []
+    for index, (step, _) in enumerate(order):
+        for transfer in (t for t in transfers if t.need == index):
+            name = transfer.copy.buffer
+            if name in last_use and last_use[name] >= transfer.start:
+                problems.append(f"{transfer.copy.id}: may overwrite {name} before its last use")
+            begun[name] = first_wait[name, index]
+        for name in step.writes:
+            if name not in step.reads or name not in begun:
+                begun[name] = index
+            spans[name].append((begun[name], index + 1))
+        for name in (*step.reads, *((step.weights,) if step.weights else ())):
+            if name in begun:
+                spans[name].append((begun[name], index + 1))
+            if name == step.weights:
+                last_use[name] = index
+    merged = {name: _merged(found) for name, found in spans.items() if found}
+    names = sorted(merged, key=lambda name: buffers[name].offset_bytes)
+    for position, first in enumerate(names):
+        end = buffers[first].offset_bytes + buffers[first].size_bytes
+        for second in names[position + 1 :]:
+            if buffers[second].offset_bytes >= end:
+                break
+            if _intersect(merged[first], merged[second]):
+                problems.append(f"{first} and {second} share bytes while both are alive")
+    return problems
+
+
+def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    result: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if result and start <= result[-1][1]:
+            result[-1] = (result[-1][0], max(result[-1][1], end))
+        else:
+            result.append((start, end))
+    return result
+
+
+def _intersect(first: list[tuple[int, int]], second: list[tuple[int, int]]) -> bool:
+    return any(a < d and c < b for a, b in first for c, d in second)
+
+
+def _peak_problems(plan: Plan) -> list[str]:
+    problems = []
+    prediction, device = plan.prediction, plan.device
+    for index, step in enumerate(plan.steps):
+        live = sum(
+            buffer.size_bytes
+            for buffer in plan.buffers
+            if any(birth <= index < death for birth, death in buffer.lifetimes)
+        )
+        if live != step.live_bytes:
+            problems.append(f"{step.id}: {live} bytes are alive, the plan says {step.live_bytes}")
+        if live > prediction.arena_bytes:
+            problems.append(f"{step.id}: more is alive than the arena has")
+        if device.kind == "cpu":
+            total = (
+                device.context_bytes + step.resident_bytes + step.outside_bytes + step.host_bytes
+            )
+            if total != step.expected_bytes:
+                problems.append(f"{step.id}: the terms do not add up to the expected bytes")
+        if step.expected_bytes > prediction.expected_peak_bytes:
+            problems.append(f"{step.id}: expects more than the plan's peak")
+    if prediction.bound_peak_bytes < prediction.expected_peak_bytes + device.context_error_bytes:
+        problems.append("the bound leaves out a stated error")
+    if device.budget_bytes is not None and prediction.bound_peak_bytes > device.budget_bytes:
+        problems.append("the bound is above the budget")
+    return problems

@@ -1,0 +1,150 @@
+"""Seconds of steps and copies on a device, by the roofline: max(FLOPs / rate(rows), bytes / bandwidth) + launches.
+
+A multiply-add counts 2 FLOPs. `rate(rows)` comes from the profile: small tiles run slower.
+FLOP counts: model-card arithmetic of Qwen2.5-VL's modules; attention in windows is 4 D len^2 per window, full
+4 D P^2, causal prefill 2 S^2 H d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from planner.plan import DTYPE_BYTES, Image, Kind, ModelShape, Tiles, spans, window_tiles
+from planner.profile import DeviceProfile
+
+# passes over a tile's rows that elementwise kernels make, in elements read or written (norm: upcast, square, scale,
+# downcast, weight; rope: upcast, multiply, two halves, downcast; residual adds and copies)
+NORM_PASSES = 10
+ROPE_PASSES = 14
+RESIDUAL_PASSES = 6
+GATE_PASSES = 5
+PIXEL_VALUES_PER_S = (
+    30e6  # patch values that the host cuts out and normalises; one core, measured 2026-11-22
+)
+
+
+class Costs:
+    """Seconds of one model's steps on one device; remembers what it computed."""
+
+    def __init__(self, model: ModelShape, profile: DeviceProfile) -> None:
+        self.model, self.profile = model, profile
+        self.element = DTYPE_BYTES[model.dtype]
+        self._matmul = lru_cache(maxsize=4096)(self._matmul_tile)
+
+    def _matmul_tile(self, rows: int, fan_in: int, fan_out: int) -> float:
+        flops = 2 * rows * fan_in * fan_out
+        moved = (fan_in * fan_out + rows * (fan_in + fan_out)) * self.element
+        return (
+            max(
+                flops / self.profile.matmul_rate(self.model.dtype, rows),
+                moved / self.profile.bandwidth_bytes_per_s,
+            )
+            + self.profile.launch_s
+        )
+
+    def matmul(self, rows: int, tile: int, fan_in: int, fan_out: int) -> float:
+        """Seconds of (rows, in) @ (in, out) by tiles of `tile` rows."""
+        whole, rest = divmod(rows, tile)
+        seconds = whole * self._matmul(tile, fan_in, fan_out) if whole else 0.0
+        return seconds + (self._matmul(rest, fan_in, fan_out) if rest else 0.0)
+
+    def elementwise(self, elements: int, passes: int, tiles: int) -> float:
+        """Seconds of `passes` passes over `elements` elements in `tiles` tiles."""
+        moved = elements * passes * self.element
+        launches = passes * tiles * self.profile.launch_s
+        return moved / self.profile.bandwidth_bytes_per_s + launches
+
+    def attention(self, flops: int, rows: int, calls: int) -> float:
+        """Seconds of attention with `rows` query rows a call."""
+        return (
+            flops / self.profile.attention_rate(self.model.dtype, rows)
+            + calls * self.profile.launch_s
+        )
+
+    def vision(self, kind: Kind, tiles: Tiles, images: Sequence[Image]) -> float:
+        """Seconds of one vision step over `images`."""
+        shape = self.model.vision
+        width = shape.hidden
+        rows = sum(image.patches for image in images)
+        if kind == "patch_embed":
+            seconds = self.matmul(rows, tiles.patch_rows, shape.patch_values, width)
+            # the host cuts and normalises the pixels
+            return seconds + rows * shape.patch_values / PIXEL_VALUES_PER_S
+        if kind == "window_attn":
+            seconds, pieces = 0.0, 0
+            flops = 0
+            for image in images:
+                for piece in window_tiles(image.windows, tiles.window_rows):
+                    size = piece.stop - piece.start
+                    seconds += self._matmul(size, width, 3 * width)
+                    seconds += self._matmul(size, width, width)
+                    flops += sum(4 * width * count * run * run for count, run in piece.runs)
+                    pieces += 1
+            seconds += self.attention(flops, 64, pieces)
+            passes = NORM_PASSES + ROPE_PASSES + RESIDUAL_PASSES
+            return seconds + self.elementwise(rows * width, passes, pieces)
+        if kind == "full_attn":
+            tile = tiles.query_rows
+            pieces = sum(-(-image.patches // tile) for image in images)
+            seconds = self.matmul(rows, tile, width, 2 * width)
+            seconds += 2 * self.matmul(rows, tile, width, width)
+            flops = sum(4 * width * image.patches**2 for image in images)
+            calls = pieces * -(-shape.heads // tiles.query_heads)
+            seconds += self.attention(flops, min(tile, rows), calls)
+            passes = 2 * NORM_PASSES + ROPE_PASSES + RESIDUAL_PASSES
+            return seconds + self.elementwise(rows * width, passes, pieces)
+        if kind == "vision_mlp":
+            return self._mlp(rows, tiles.vision_mlp_rows, width, shape.intermediate)
+        if kind == "merger":
+            wide, tokens = shape.merge**2 * width, rows // shape.merge**2
+            tile = tiles.merger_rows
+            seconds = self.matmul(tokens, tile, wide, wide)
+            seconds += self.matmul(tokens, tile, wide, shape.out_hidden)
+            return seconds + self.elementwise(
+                rows * width, NORM_PASSES + RESIDUAL_PASSES, -(-tokens // tile)
+            )
+        raise AssertionError(kind)
+
+    def _mlp(self, rows: int, tile: int, width: int, inner: int) -> float:
+        seconds = 2 * self.matmul(rows, tile, width, inner) + self.matmul(rows, tile, inner, width)
+        pieces = -(-rows // tile)
+        seconds += self.elementwise(rows * width, NORM_PASSES + RESIDUAL_PASSES // 2, pieces)
+        return seconds + self.elementwise(rows * inner, GATE_PASSES, pieces)
+
+    def text(self, kind: Kind, tile: int, rows: int, context: int) -> float:
+        """Seconds of one language-model step over `rows` rows that see `context` keys at their end."""
+        text = self.model.text
+        width = text.hidden
+        heads, groups = text.heads * text.head_dim, text.kv_heads * text.head_dim
+        if kind == "self_attn":
+            seconds = self.matmul(rows, tile, width, heads + 2 * groups)
+            seconds += self.matmul(rows, tile, heads, width)
+            if rows == 1:
+                cache = 2 * context * groups * self.element
+                seconds += cache / self.profile.bandwidth_bytes_per_s + self.profile.launch_s
+            else:
+                flops = sum(4 * heads * (stop - start) * stop for start, stop in spans(rows, tile))
+                seconds += self.attention(flops, min(tile, rows), 2 * -(-rows // tile))
+            passes = NORM_PASSES + ROPE_PASSES + RESIDUAL_PASSES
+            return seconds + self.elementwise(rows * width, passes, -(-rows // tile))
+        if kind == "text_mlp":
+            return self._mlp(rows, tile, width, text.intermediate)
+        raise AssertionError(kind)
+
+    def small(self, kind: Kind, head_rows: int) -> float:
+        """Seconds of a step on one row: embedding rows, final norm, a row tile of lm_head, sampling."""
+        text = self.model.text
+        if kind == "lm_head":
+            return self._matmul(1, text.hidden, head_rows)
+        if kind == "sample":
+            return self.elementwise(text.vocabulary, GATE_PASSES, 1) + 2 * self.profile.launch_s
+        return self.elementwise(text.hidden, NORM_PASSES, 1)
+
+    def copy(self, size_bytes: int, *, first: bool, cached: bool) -> float:
+        """Seconds of bringing `size_bytes` of weights: `first` from disk; again from host memory where the file stays `cached`."""
+        profile = self.profile
+        source = (
+            profile.page_cache_bytes_per_s if cached and not first else profile.disk_bytes_per_s
+        )
+        return size_bytes / min(source, profile.host_to_device_bytes_per_s)

@@ -1,0 +1,184 @@
+"""One request on one device, with everything about it that does not depend on the levers' setting, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from planner import workspace
+from planner.buffers import VISION_KINDS, Layouted, text_scratch, vision_scratch
+from planner.costs import Costs
+from planner.plan import (
+    DTYPE_BYTES,
+    Image,
+    Kernel,
+    Kind,
+    ModelShape,
+    Outside,
+    Phase,
+    Tiles,
+    Workload,
+)
+from planner.profile import DeviceProfile
+from planner.schedule import StepDraft
+from planner.simulate import peak_bytes
+from planner.spec import Checkpoint
+from planner.template import unit_sizes
+from planner.workload import host_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a plan is wanted for. `tiles` pins the row tiles (to compare numbers of plans); None: the search decides."""
+
+    checkpoint: Checkpoint
+    workload: Workload
+    budget_bytes: int | None  # None: unlimited
+    ram_bytes: int | None = None  # None: as the profile says
+    tiles: Tiles | None = None
+    command: str = "plan"
+
+
+class Problem:
+    """A request and a device, and costs by kind of step (remembered)."""
+
+    def __init__(self, request: Request, profile: DeviceProfile) -> None:
+        self.request, self.profile = request, profile
+        self.model: ModelShape = request.checkpoint.shape
+        self.workload = request.workload
+        self.costs = Costs(self.model, profile)
+        self.on_cpu = profile.kind == "cpu"
+        self.machine = workspace.Machine(
+            kind=profile.kind,
+            kernel=self.kernel,
+            threads=profile.threads or 1,
+            amx=profile.amx,
+            sm_count=profile.sm_count,
+        )
+        self.unit_sizes = lru_cache(maxsize=None)(self._unit_sizes)
+        self.outside = lru_cache(maxsize=None)(self._outside)
+        self.seconds = lru_cache(maxsize=None)(self._seconds)
+        ram = request.ram_bytes if request.ram_bytes is not None else profile.default_ram_bytes
+        self.total_bytes = sum(self.unit_sizes(self.model.text.vocabulary).values())
+        self.cached = self.total_bytes <= ram  # files stay in host memory after they were read once
+
+    def _unit_sizes(self, vocabulary_rows: int) -> dict[str, int]:
+        return unit_sizes(self.model, vocabulary_rows)
+
+    @property
+    def kernel(self) -> Kernel:
+        """The attention kernel of every step on this device."""
+        if self.on_cpu:
+            return "cpu_flash"
+        # flash needs sm80 and 16-bit numbers; before that, and in float32, the memory-efficient kernel
+        flash = float(self.profile.compute_capability or 0) >= 8.0 and self.model.dtype != "float32"
+        return "flash" if flash else "efficient"
+
+    def images_of(self, images: Sequence[int]) -> tuple[Image, ...]:
+        return tuple(self.workload.images[i] for i in images)
+
+    def scratch(self, kind: Kind, phase: Phase, tiles: Tiles, images: tuple[int, ...]) -> Layouted:
+        """Views and size of a kind's scratch."""
+        if kind in VISION_KINDS:
+            return vision_scratch(kind, self.model, tiles, self.images_of(images))
+        rows = 1 if phase == "decode" else self.workload.prompt_tokens
+        tile = tiles.prompt_rows if kind == "self_attn" else tiles.prompt_mlp_rows
+        return text_scratch(kind, self.model, tile, rows)
+
+    def _outside(
+        self, kind: Kind, phase: Phase, tiles: Tiles, images: tuple[int, ...]
+    ) -> tuple[Outside, ...]:
+        return workspace.outside(
+            kind,
+            self.model,
+            tiles,
+            self.images_of(images),
+            self.workload.prompt_tokens,
+            self.workload.context_tokens,
+            self.machine,
+            decode=phase == "decode",
+        )
+
+    def outside_of(self, step: StepDraft, tiles: Tiles) -> tuple[Outside, ...]:
+        """Blocks that a step takes outside the arena."""
+        return self.outside(step.kind, step.phase, tiles, step.images)
+
+    def transient(
+        self, kind: Kind, phase: Phase, tiles: Tiles, images: tuple[int, ...]
+    ) -> tuple[int, int]:
+        """(bytes of a kind's step that add to what is resident then, bytes it takes outside the arena).
+
+        On a card blocks outside the arena stay reserved when they are given back: they count once for the whole plan,
+        not with the step.
+        """
+        outside = peak_bytes(self.outside(kind, phase, tiles, images))
+        scratch = self.scratch(kind, phase, tiles, images).size_bytes
+        return (scratch + outside if self.on_cpu else scratch), outside
+
+    def _seconds(
+        self, kind: Kind, phase: Phase, tiles: Tiles, images: tuple[int, ...], head_rows: int
+    ) -> float:
+        if kind in VISION_KINDS:
+            return self.costs.vision(kind, tiles, self.images_of(images))
+        if kind in ("self_attn", "text_mlp"):
+            tile = tiles.prompt_rows if kind == "self_attn" else tiles.prompt_mlp_rows
+            if phase == "prefill":
+                return self.costs.text(kind, tile, self.workload.prompt_tokens, 0)
+            # the cache grows with every token; half-way is the mean
+            seen = self.workload.prompt_tokens + self.workload.max_new_tokens // 2
+            return self.costs.text(kind, 1, 1, seen)
+        return self.costs.small(kind, head_rows)
+
+    def seconds_of(self, step: StepDraft, tiles: Tiles, head_rows: int) -> float:
+        """Seconds of a step without waiting; in decode of a mean iteration."""
+        return self.seconds(step.kind, step.phase, tiles, step.images, head_rows)
+
+    # --- terms outside the arena --------------------------------------------------------------------------------
+
+    def context_bytes(self, gemm_shapes: frozenset[tuple[int, int, int]]) -> int:
+        """Driver or interpreter, libraries, tokenizer, and the code that the CPU library keeps for each product shape."""
+        profile = self.profile
+        context = profile.context_bytes
+        if self.on_cpu:
+            dtype = self.model.dtype
+            # one row is multiplied by another kernel, which keeps no code per shape
+            context += sum(
+                profile.product_code_bytes(dtype, inputs, outputs)
+                for rows, inputs, outputs in gemm_shapes
+                if rows > 1
+            )
+            tokenizer = self.request.checkpoint.tokenizer_bytes
+            context += int(tokenizer * profile.tokenizer_bytes_per_file_byte)
+        return context
+
+    def gemm_shapes(self, tiles: Tiles, together: bool) -> frozenset[tuple[int, int, int]]:
+        """Every distinct product of a plan with these tiles: (rows, in, out)."""
+        everything = tuple(range(len(self.workload.images)))
+        groups = [everything] if together else [(i,) for i in everything]
+        model, rows = self.model, self.workload.prompt_tokens
+        shapes: set[tuple[int, int, int]] = set()
+        for kind in VISION_KINDS:
+            for group in groups if everything else ():
+                shapes |= workspace.gemm_shapes(kind, model, tiles, self.images_of(group), rows)
+        for kind in ("self_attn", "text_mlp", "lm_head"):
+            for decode in (False, True):
+                shapes |= workspace.gemm_shapes(kind, model, tiles, (), rows, decode=decode)
+        return frozenset(shapes)
+
+    @property
+    def decoding_bytes(self) -> int:
+        """Host bytes while the images are read: those already resized, and the largest being decoded. 0 where the host is not the device."""
+        if not self.on_cpu:
+            return 0
+        kept, peak = 0, 0
+        for image in self.workload.images:
+            host = host_bytes(image)
+            peak = max(peak, kept + host.peak_bytes)
+            kept += host.kept_bytes
+        return peak
+
+
+def kv_bytes(model: ModelShape, tokens: int) -> int:
+    """Keys and values of one layer."""
+    return 2 * tokens * model.text.kv_heads * model.text.head_dim * DTYPE_BYTES[model.dtype]

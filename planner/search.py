@@ -1,0 +1,608 @@
+"""The planner's table of contents: from a request to the fastest plan that fits.
+
+    tile fronts per phase → candidates (tiles x residency x depth) in order of their lower bound on seconds
+    → the best few, in each order of phases: program, graph, layout, bytes, seconds → the fastest that fits → Plan
+
+The lower bound of a phase is max(compute, bytes copied / link). Candidates are bounded in closed form; the graph and
+the layout are built only for those that can still win.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import NamedTuple
+
+from planner.assemble import Evaluated, assemble, draft, evaluate, work_out
+from planner.errors import BudgetTooSmall
+from planner.fronts import START, Point, prefill_front, vision_front
+from planner.graph import Intervals
+from planner.plan import Kind, Order, Plan, Tiles, Variant
+from planner.problem import Problem, Request, kv_bytes
+from planner.profile import DeviceProfile
+from planner.schedule import Choice, PhaseResidency, spread
+from planner.units import MIB, format_gb_up, format_gib
+
+VISIONS = 4  # vision settings that are combined with every text setting
+VOCABULARY_ROWS = (2**20, 65536, 16384, 4096)
+BUILT = 4  # candidates whose graph and layout are built, per round
+CLOSE = 1e-3  # a candidate that can gain less than this share is not built
+OUTSIDE_CAPS = (8 * MIB, 48 * MIB, 256 * MIB)  # of kernels' blocks outside the arena, on a card
+ROUNDS = 3  # each with a smaller allowance, by as much as the last round was over the budget
+
+__all__ = ["Request", "build", "search"]
+
+
+def search(request: Request, device: DeviceProfile) -> Plan:
+    """The fastest plan found whose bound fits the budget; BudgetTooSmall carries the certificate."""
+    problem = Problem(request, device)
+    smallest = _smallest(problem)
+    budget = request.budget_bytes
+    if budget is not None and budget < smallest.bound_bytes:
+        raise _certificate(problem, smallest)
+    best, weighed, lower_bound = _best(problem, budget, smallest)
+    return assemble(
+        problem,
+        best,
+        lower_bound=min(lower_bound, best.seconds),
+        candidates=weighed,
+        smallest_bytes=smallest.bound_bytes,
+        variants=_variants(problem, best),
+    )
+
+
+def build(request: Request, device: DeviceProfile, choice: Choice) -> Plan:
+    """The plan of one given setting of the levers, without a search; BudgetTooSmall where it does not fit."""
+    problem = Problem(request, device)
+    found = (
+        _with_prefetch(problem, choice) if choice.order == "prefetch" else evaluate(problem, choice)
+    )
+    if request.budget_bytes is not None and found.bound_bytes > request.budget_bytes:
+        raise BudgetTooSmall(
+            f"this setting of the levers needs {format_gib(found.bound_bytes)}, "
+            f"the budget is {format_gib(request.budget_bytes)}",
+            smallest_bytes=found.bound_bytes,
+        )
+    return assemble(
+        problem,
+        found,
+        lower_bound=found.seconds,
+        candidates=1,
+        smallest_bytes=found.bound_bytes,
+        variants=(),
+    )
+
+
+# --- candidates ---------------------------------------------------------------------------------------------------
+
+
+class Candidate(NamedTuple):
+    """A setting with seconds of its parts, and its bytes by the closed form.
+
+    `compute_s` and `copy_s` may overlap, in part (phases one after another) or wholly; `rest_s` is decode.
+    """
+
+    compute_s: float
+    copy_s: float
+    rest_s: float
+    bytes: int
+    choice: Choice
+
+    @property
+    def bound_s(self) -> float:
+        return max(self.compute_s, self.copy_s) + self.rest_s
+
+
+@dataclass(frozen=True, slots=True)
+class _Stack:
+    """Sizes of a stack of blocks: `layers` times an attention and an MLP unit, and lm_head tiles behind it."""
+
+    layers: int
+    attn: int
+    mlp: int
+    heads: tuple[int, ...] = ()
+
+    def sequence(
+        self, attn: frozenset[int], mlp: frozenset[int], head: frozenset[int]
+    ) -> list[int]:
+        """Sizes of the streamed units in the order of use, given the residents' positions."""
+        sizes = []
+        for layer in range(self.layers):
+            if layer not in attn:
+                sizes.append(self.attn)
+            if layer not in mlp:
+                sizes.append(self.mlp)
+        return sizes + [size for i, size in enumerate(self.heads) if i not in head]
+
+
+def _slots_bytes(sizes: Sequence[int], depth: int) -> int:
+    """Bytes of `depth` staging slots that these units use in turn."""
+    return sum(max(sizes[slot::depth]) for slot in range(min(depth, len(sizes))))
+
+
+def _best(
+    problem: Problem, budget: int | None, smallest: Evaluated
+) -> tuple[Evaluated, int, float]:
+    """The fastest evaluated candidate that fits, how many were weighed, and a lower bound on seconds over all."""
+    budget_left = None if budget is None else budget - _fixed_bytes(problem, smallest)
+    caps = OUTSIDE_CAPS if budget is not None and not problem.on_cpu else (None,)
+    best, weighed, over = smallest, 0, 0
+    lower_bound = smallest.seconds
+    for round_ in range(ROUNDS):
+        candidates: list[Candidate] = []
+        for cap in caps:
+            allowance = None if budget_left is None else budget_left - over - (cap or 0)
+            candidates += _candidates(problem, allowance, cap)
+        candidates.sort(key=_rank)
+        weighed += len(candidates)
+        if round_ == 0 and candidates:
+            lower_bound = candidates[0].bound_s
+        passed = 0
+        for candidate in candidates[:BUILT]:
+            if candidate.bound_s >= best.seconds * (1 - CLOSE):
+                break
+            for found in _orders(problem, candidate.choice, best.seconds):
+                if budget is not None and found.bound_bytes > budget:
+                    if found.choice.order == "vision_then_llm":
+                        passed = max(passed, found.bound_bytes - budget)
+                elif (found.seconds, found.peak_bytes) < (best.seconds, best.peak_bytes):
+                    best = found
+        if not passed or budget is None:
+            break
+        over += passed
+    return best, weighed, lower_bound
+
+
+def _fixed_bytes(problem: Problem, smallest: Evaluated) -> int:
+    """Device bytes beside the arena and the kernels' blocks, as in the smallest plan: context, its error, workspaces."""
+    if problem.on_cpu:
+        return smallest.context_bytes + smallest.context_error_bytes
+    outside = max(step.outside for step in smallest.bytes)
+    return smallest.bound_bytes - smallest.layout.height_bytes - outside
+
+
+def _rank(candidate: Candidate) -> tuple[float, float, int]:
+    return (candidate.bound_s, candidate.compute_s, candidate.bytes)
+
+
+def _orders(problem: Problem, choice: Choice, best_s: float) -> Iterator[Evaluated]:
+    """The choice under each order of phases; an order that is not faster than `best_s` is left out unless another needs it."""
+    resident = choice.prefill.attn + choice.prefill.mlp + choice.prefill.head
+    overlaps = bool(resident and problem.workload.images)
+    if overlaps:
+        drafted = draft(problem, replace(choice, order="all_first"))
+        if drafted.time.seconds <= best_s:
+            found = work_out(problem, drafted)
+            yield found
+            if (
+                problem.request.budget_bytes is None
+                or found.bound_bytes <= problem.request.budget_bytes
+            ):
+                return  # no order is faster
+    base = evaluate(problem, replace(choice, order="vision_then_llm"))
+    yield base
+    if overlaps:
+        yield _prefetched(problem, choice, base)
+
+
+def _candidates(problem: Problem, allowance: int | None, cap: int | None) -> Iterator[Candidate]:
+    """Settings that fit the allowance (arena and outside bytes at once) by the closed form."""
+    visions = _vision_candidates(problem, allowance, cap)
+    texts = _text_candidates(problem, allowance, cap)
+    for vision, text in product(_shortest(visions), texts):
+        tiles = vision.choice.tiles.model_dump() | {
+            key: value
+            for key, value in text.choice.tiles.model_dump().items()
+            if key.startswith(("prompt_", "vocabulary_"))
+        }
+        choice = replace(
+            vision.choice,
+            prefill=text.choice.prefill,
+            decode=text.choice.decode,
+            depth=text.choice.depth,
+            tiles=Tiles.model_construct(**tiles),
+        )
+        yield Candidate(
+            vision.compute_s + text.compute_s,
+            vision.copy_s + text.copy_s,
+            text.rest_s,
+            max(vision.bytes, text.bytes),
+            choice,
+        )
+
+
+def _shortest(visions: Sequence[Candidate]) -> list[Candidate]:
+    """Of each vision residency and way of handling images, the shortest; the shortest few of these."""
+    best: dict[tuple[bool, PhaseResidency], Candidate] = {}
+    for candidate in visions:
+        key = (candidate.choice.images_together, candidate.choice.vision)
+        if key not in best or (candidate.bound_s, candidate.bytes) < (
+            best[key].bound_s,
+            best[key].bytes,
+        ):
+            best[key] = candidate
+    return sorted(best.values(), key=lambda c: (c.bound_s, c.bytes))[:VISIONS]
+
+
+def _vision_candidates(problem: Problem, allowance: int | None, cap: int | None) -> list[Candidate]:
+    """Per way of handling images, residency and depth: the fastest tiles that fit."""
+    workload, model = problem.workload, problem.model
+    shape = model.vision
+    nothing = PhaseResidency(0, 0)
+    if not workload.images:
+        choice = Choice("vision_then_llm", True, 1, nothing, nothing, nothing, START)
+        return [Candidate(0.0, 0.0, 0.0, 0, choice)]
+    sizes = problem.unit_sizes(model.text.vocabulary)
+    stack = _Stack(shape.depth, sizes["visual/blocks.0.attn"], sizes["visual/blocks.0.mlp"])
+    ends = sizes["visual/patch_embed"], sizes["visual/merger"]
+    element = problem.costs.element
+    out = workload.prompt_tokens * model.text.hidden * element
+    everything = tuple(range(len(workload.images)))
+    modes = [[everything]] + ([[(i,) for i in everything]] if len(everything) > 1 else [])
+    found = []
+    for groups in modes:
+        together = len(groups) == 1
+        rows = max(sum(workload.images[i].patches for i in group) for group in groups)
+        persistent = rows * shape.hidden * element + ends[0] + (0 if together else out + ends[1])
+        extra: dict[Kind, int] = {"merger": out + ends[1] if together else 0}
+        points = vision_front(problem, groups, extra, cap)
+        # with one group every unit is used once: resident or streamed, it is copied once
+        counts = {(0, 0), (shape.depth, shape.depth)}
+        if not together:
+            counts |= {
+                (a, m) for a in range(0, shape.depth + 1, 4) for m in range(0, shape.depth + 1, 4)
+            }
+        for attn, mlp in sorted(counts):
+            streamed = stack.sequence(
+                spread(attn, shape.depth), spread(mlp, shape.depth), frozenset()
+            )
+            once = attn * stack.attn + mlp * stack.mlp
+            moved = once + sum(streamed) * len(groups) + sum(ends)
+            for depth in (1, 2, 3) if streamed else (1,):
+                held = persistent + once + _slots_bytes(streamed, depth)
+                point = _fastest(points, allowance, held)
+                if point is None:
+                    continue
+                copy_s = problem.costs.copy(moved, first=True, cached=False)
+                tiles = START.model_copy(update=point.tiles)
+                residency = PhaseResidency(attn, mlp)
+                choice = Choice(
+                    "vision_then_llm", together, depth, residency, nothing, nothing, tiles
+                )
+                found.append(Candidate(point.seconds, copy_s, 0.0, held + point.bytes, choice))
+    return found
+
+
+def _fastest(points: Sequence[Point], allowance: int | None, held: int) -> Point | None:
+    """The fastest point of a front beside `held` bytes."""
+    if allowance is None:
+        return points[-1]
+    return next((p for p in reversed(points) if held + p.bytes <= allowance), None)
+
+
+def _text_candidates(problem: Problem, allowance: int | None, cap: int | None) -> list[Candidate]:
+    """Residency in prefill and decode, depth, prompt tiles, vocabulary tiles."""
+    model, workload = problem.model, problem.workload
+    text, element = model.text, problem.costs.element
+    points = prefill_front(problem, cap)
+    cache = text.layers * kv_bytes(model, workload.context_tokens)
+    x = workload.prompt_tokens * text.hidden * element
+    repeats = workload.max_new_tokens - 1
+    found: list[Candidate] = []
+    pinned = problem.request.tiles
+    choices = VOCABULARY_ROWS if pinned is None else (pinned.vocabulary_rows,)
+    for vocabulary_rows in dict.fromkeys(min(r, text.vocabulary) for r in choices):
+        if vocabulary_rows * text.hidden * element > problem.profile.max_tensor_bytes:
+            continue
+        sizes = problem.unit_sizes(vocabulary_rows)
+        heads = tuple(size for unit, size in sizes.items() if unit.startswith("text/lm_head["))
+        stack = _Stack(
+            text.layers, sizes["text/layers.0.self_attn"], sizes["text/layers.0.mlp"], heads
+        )
+        tiny = text.vocabulary * element + 8 * text.hidden * element
+        compute = _decode_compute(problem, vocabulary_rows, len(heads)) if repeats else 0.0
+        decode_held = cache + tiny + _decode_scratch(problem)
+        prefill_held = cache + x + tiny
+        for depth in (1, 2, 3):
+            for head in (len(heads), 0) if repeats else (len(heads),):
+                for mlp in range(text.layers, -1, -1) if repeats else (text.layers,):
+                    decode = _largest_attn(stack, mlp, head, depth, allowance, decode_held, repeats)
+                    if decode is None:
+                        continue
+                    residency, resident, streamed = decode
+                    link = problem.costs.copy(streamed, first=False, cached=problem.cached)
+                    per_token = max(compute, link)
+                    prefill = _prefill(
+                        problem, stack, points, residency, depth, allowance, prefill_held
+                    )
+                    if prefill is None:
+                        continue
+                    point, first, missing, held = prefill
+                    total = sum(sizes[u] for u in sizes if u.startswith("text/"))
+                    bring = problem.costs.copy(total, first=True, cached=False)
+                    grow = problem.costs.copy(missing, first=False, cached=problem.cached)
+                    rest = (grow if repeats else 0.0) + repeats * per_token
+                    tiles = START.model_copy(
+                        update=point.tiles | {"vocabulary_rows": vocabulary_rows}
+                    )
+                    choice = Choice(
+                        "vision_then_llm",
+                        True,
+                        depth,
+                        PhaseResidency(0, 0),
+                        first,
+                        residency if repeats else first,
+                        tiles,
+                    )
+                    size = max(held + point.bytes, decode_held + resident)
+                    found.append(Candidate(point.seconds, bring, rest, size, choice))
+    return found
+
+
+def _decode_compute(problem: Problem, vocabulary_rows: int, heads: int) -> float:
+    tiles = START.model_copy(update={"vocabulary_rows": vocabulary_rows})
+    layers = problem.model.text.layers
+    seconds = layers * sum(
+        problem.seconds(kind, "decode", tiles, (), 0) for kind in ("self_attn", "text_mlp")
+    )
+    seconds += heads * problem.seconds("lm_head", "decode", tiles, (), vocabulary_rows)
+    return seconds + sum(
+        problem.seconds(kind, "decode", tiles, (), 0) for kind in ("embed_tokens", "norm", "sample")
+    )
+
+
+def _decode_scratch(problem: Problem) -> int:
+    kinds: tuple[Kind, ...] = ("self_attn", "text_mlp")
+    return max(problem.transient(kind, "decode", START, ())[0] for kind in kinds)
+
+
+def _largest_attn(
+    stack: _Stack,
+    mlp: int,
+    head: int,
+    depth: int,
+    allowance: int | None,
+    held: int,
+    repeats: int,
+) -> tuple[PhaseResidency, int, int] | None:
+    """Given resident MLPs and lm_head tiles: the most resident attention units, resident + staging bytes, streamed bytes."""
+    heads = spread(head, len(stack.heads))
+    head_bytes = sum(stack.heads[i] for i in heads)
+    largest = stack.layers
+    if allowance is not None:
+        # one slot at least for what is streamed; from there count down
+        slot = stack.mlp if mlp < stack.layers else 0
+        room = (allowance - held - mlp * stack.mlp - head_bytes - slot) // stack.attn
+        largest = min(largest, room)
+    for attn in range(largest, -1, -1):
+        resident = attn * stack.attn + mlp * stack.mlp + head_bytes
+        if allowance is not None and held + resident > allowance:
+            continue
+        streamed = stack.sequence(spread(attn, stack.layers), spread(mlp, stack.layers), heads)
+        if 0 < len(streamed) <= depth and repeats > 1:
+            continue  # as many slots as units: they would be resident
+        slots = _slots_bytes(streamed, depth) if streamed else 0
+        if allowance is None or held + resident + slots <= allowance:
+            return PhaseResidency(attn, mlp, head), resident + slots, sum(streamed)
+    return None
+
+
+def _prefill(
+    problem: Problem,
+    stack: _Stack,
+    points: Sequence[Point],
+    decode: PhaseResidency,
+    depth: int,
+    allowance: int | None,
+    held: int,
+) -> tuple[Point, PhaseResidency, int, int] | None:
+    """The front's point and the residents of prefill with the fewest seconds: point, residency, bytes still missing in decode, bytes held."""
+    best: tuple[float, Point, PhaseResidency, int, int] | None = None
+    for point in reversed(points):
+        found = _prefill_residents(stack, decode, depth, allowance, held + point.bytes)
+        if found is None:
+            continue
+        residency, missing, size = found
+        seconds = point.seconds + problem.costs.copy(missing, first=False, cached=problem.cached)
+        if best is None or seconds < best[0]:
+            best = (seconds, point, residency, missing, held + size)
+        if not missing:
+            break  # slower tiles could only leave more room, and none is needed
+    return best[1:] if best else None
+
+
+def _prefill_residents(
+    stack: _Stack, decode: PhaseResidency, depth: int, allowance: int | None, held: int
+) -> tuple[PhaseResidency, int, int] | None:
+    """The most units of decode's resident ones that fit beside `held`: residency, bytes left out, bytes of residents and slots."""
+    everything = decode.attn * stack.attn + decode.mlp * stack.mlp
+    heads = len(stack.heads)
+    streams_something = (decode.attn, decode.mlp, decode.head) != (
+        stack.layers,
+        stack.layers,
+        heads,
+    )
+    largest = _slots_bytes([max(stack.attn, stack.mlp)] * depth, depth)
+    for mlp in range(decode.mlp, -1, -1):
+        for attn in (decode.attn, 0):
+            for head in dict.fromkeys((decode.head, 0)):
+                head_bytes = sum(stack.heads[:head])
+                resident = attn * stack.attn + mlp * stack.mlp + head_bytes
+                complete = (attn, mlp, head) == (decode.attn, decode.mlp, decode.head)
+                if complete and not streams_something:
+                    slots = 0
+                elif attn == stack.layers and mlp == stack.layers:
+                    slots = sum(sorted(stack.heads)[-depth:])
+                elif attn == 0 and mlp == 0 and depth == 2:
+                    slots = stack.attn + stack.mlp
+                else:
+                    slots = largest
+                if head < heads and slots < max(stack.heads):
+                    slots = slots // depth * (depth - 1) + max(stack.heads)
+                if allowance is None or held + resident + slots <= allowance:
+                    missing = everything + sum(stack.heads[: decode.head]) - resident
+                    return PhaseResidency(attn, mlp, head), missing, resident + slots
+    return None
+
+
+# --- orders -------------------------------------------------------------------------------------------------------
+
+
+def _with_prefetch(problem: Problem, choice: Choice) -> Evaluated:
+    base = evaluate(problem, replace(choice, order="vision_then_llm"))
+    return _prefetched(problem, choice, base)
+
+
+def _prefetched(problem: Problem, choice: Choice, base: Evaluated) -> Evaluated:
+    """The order `prefetch`: each LLM resident arrives as early as its bytes are free until its death, under the peak that the plain order has anyway."""
+    drafted = base.program
+    capacity = base.layout.height_bytes
+    live = [step.live for step in base.bytes]
+    text_copies = [
+        copy
+        for copy in drafted.copies
+        if copy.phase == "prefill" and copy.buffer.startswith("weights/")
+    ]
+    vision_end = drafted.starts["prefill"] - 1
+    after: dict[str, int] = {}
+    earliest = 0
+    for copy in text_copies:
+        # alive from `start` on instead of from the end of the vision tower on
+        start = vision_end + 1
+        while start > earliest and live[start - 1] + copy.size_bytes <= capacity:
+            start -= 1
+        for index in range(start, vision_end + 1):
+            live[index] += copy.size_bytes
+        earliest = start  # in order of use
+        after[copy.unit] = start - 1
+    return evaluate(problem, replace(choice, order="prefetch"), prefetch_after=after)
+
+
+# --- the least budget, and the same request with ideas off --------------------------------------------------------
+
+
+def _smallest(problem: Problem) -> Evaluated:
+    """The candidate with the least bound: everything streamed through one slot, smallest tiles."""
+    nothing = PhaseResidency(0, 0)
+    workload = problem.workload
+    element = problem.costs.element
+    text = problem.model.text
+    everything = tuple(range(len(workload.images)))
+    modes = [True, False] if len(everything) > 1 else [True]
+    pinned = problem.request.tiles
+    rows = min(VOCABULARY_ROWS) if pinned is None else pinned.vocabulary_rows
+    best: Evaluated | None = None
+    for together in modes:
+        tiles: dict[str, int] = {"vocabulary_rows": min(rows, text.vocabulary)}
+        if everything:
+            groups = [everything] if together else [(i,) for i in everything]
+            out = workload.prompt_tokens * text.hidden * element
+            tiles |= vision_front(problem, groups, {"merger": out})[0].tiles
+        tiles |= prefill_front(problem)[0].tiles
+        choice = Choice(
+            "vision_then_llm",
+            together,
+            1,
+            nothing,
+            nothing,
+            nothing,
+            START.model_copy(update=tiles),
+        )
+        found = evaluate(problem, choice)
+        if best is None or found.bound_bytes < best.bound_bytes:
+            best = found
+    assert best is not None
+    return best
+
+
+def _certificate(problem: Problem, smallest: Evaluated) -> BudgetTooSmall:
+    budget = problem.request.budget_bytes
+    assert budget is not None
+    index = smallest.peak_index
+    step = smallest.program.steps[index]
+    parts: dict[str, int] = {}
+    for name, spans in smallest.lifetimes.items():
+        if _alive(spans, index):
+            kind = smallest.program.buffers[name].kind
+            parts[kind] = parts.get(kind, 0) + smallest.program.buffers[name].size_bytes
+    rest = smallest.bound_bytes - sum(parts.values())
+    words = {
+        "staging": "staging",
+        "weights": "weights",
+        "scratch": "activations",
+        "residual": "residual streams",
+        "kv_cache": "KV cache",
+    }
+    terms = " + ".join(f"{words[k]} {format_gib(parts[k])[:-4]}" for k in words if k in parts)
+    pixels = problem.workload.max_pixels // 2
+    return BudgetTooSmall(
+        f"no plan fits {format_gib(budget)}: the smallest needs {format_gib(smallest.bound_bytes)}\n"
+        f"  largest step  {step.id}: {terms} + context and reserved {format_gib(rest)}\n"
+        f"  to fit        --vram {format_gb_up(smallest.bound_bytes)}"
+        f"    or  --max-pixels {pixels}"
+        f"    or  --max-new-tokens {max(problem.workload.max_new_tokens // 2, 1)}",
+        smallest_bytes=smallest.bound_bytes,
+    )
+
+
+def _alive(spans: Intervals, index: int) -> bool:
+    return any(birth <= index < death for birth, death in spans)
+
+
+def _variants(problem: Problem, best: Evaluated) -> tuple[Variant, ...]:
+    """The same request with each idea off, and all off."""
+    if not problem.workload.images:
+        return ()
+    choice, model = best.choice, problem.model
+    depth, layers = model.vision.depth, model.text.layers
+    sizes = problem.unit_sizes(choice.tiles.vocabulary_rows)
+    heads = sum(1 for unit in sizes if unit.startswith("text/lm_head["))
+    vision = PhaseResidency(depth, depth)
+    text = PhaseResidency(layers, layers, heads)
+    untiled = choice.tiles.model_copy(
+        update={
+            "window_rows": 2**30,
+            "query_rows": 2**30,
+            "query_heads": model.vision.heads,
+            "prompt_rows": 2**30,
+            "prompt_heads": model.text.kv_heads,
+        }
+    )
+    order: Order = "all_first"
+    settings = [
+        (
+            "LLM beside the vision tower (SUM)",
+            replace(choice, order=order, prefill=text, decode=text),
+            "every LLM weight resident before the image is encoded",
+        ),
+        (
+            "vision weights resident",
+            replace(choice, vision=vision),
+            "the whole tower loaded before it runs",
+        ),
+        (
+            "attention untiled",
+            replace(choice, tiles=untiled),
+            "all query rows in one call of the same kernel; no scores are kept",
+        ),
+        (
+            "all three off",
+            replace(choice, order=order, vision=vision, prefill=text, decode=text, tiles=untiled),
+            "everything resident, one call",
+        ),
+    ]
+    budget = problem.request.budget_bytes
+    result = []
+    for name, setting, note in settings:
+        found = evaluate(problem, setting)
+        result.append(
+            Variant(
+                name=name,
+                bound_bytes=found.bound_bytes,
+                seconds=found.seconds + problem.profile.start_s,
+                fits=budget is None or found.bound_bytes <= budget,
+                note=note,
+            )
+        )
+    return tuple(result)
