@@ -187,6 +187,14 @@ def test_planner_and_executor_count_the_same_prompt(
     assert prompt_tokens(text, None, tiny / "tokenizer.json", images) == (len(ids), False)
 
 
+@pytest.mark.parametrize("text", ["\n\nnewlines first", "plain", "<|image_pad|>"])
+def test_both_count_the_same_with_the_real_tokenizer(
+    qwen: Any, qwen_tokenizer_json: Path, qwen_ids: TokenIds, text: str
+) -> None:
+    ids = build_prompt(qwen, text, [], qwen_ids)
+    assert prompt_tokens(text, None, qwen_tokenizer_json, []) == (len(ids), False)
+
+
 def test_a_number_of_tokens_comes_on_top_of_the_checkpoints_own_template(tiny: Path) -> None:
     template = prompt_tokens("x", None, tiny / "tokenizer.json", [])[0] - 1
     assert template > TEMPLATE_TOKENS  # the random checkpoint's tokenizer splits most words
