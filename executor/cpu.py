@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -79,7 +80,8 @@ class CpuDevice:
 
     def peak_bytes(self) -> int | None:
         reading = memory.read_memory()
-        return reading.peak_bytes if reading else None
+        # the kernel sums both from counters per core, which drift by some pages
+        return max(reading.peak_bytes, reading.rss_bytes) if reading else None
 
     def held_bytes(self) -> int | None:
         reading = memory.read_memory()
@@ -90,6 +92,8 @@ class CpuDevice:
 
         The profiler keeps about 80 MiB for itself: /proc tells nothing of use after its first run.
         """
+        # read at the first use; without it each call prints two lines of the profiler's own on stderr
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         with profile(profile_memory=True) as profiler:
             call()
         results = profiler.kineto_results

@@ -47,9 +47,12 @@ def read_memory() -> HostMemory | None:
 def reset_peak() -> bool:
     """True where VmHWM now starts anew from VmRSS; False where the kernel does not offer it."""
     try:
-        # no buffering: the write must reach the kernel before the next reading
-        with open(_PROC / "clear_refs", "wb", buffering=0) as file:
-            file.write(b"5")
+        # no buffering: the write must reach the kernel before the next reading; and no file made where none is
+        handle = os.open(_PROC / "clear_refs", os.O_WRONLY)
+        try:
+            os.write(handle, b"5")
+        finally:
+            os.close(handle)
     except OSError:
         return False
     return True
@@ -58,6 +61,16 @@ def reset_peak() -> bool:
 def data_bytes() -> int | None:
     """VmData: private writable mappings, what RLIMIT_DATA counts; None where /proc lacks it."""
     return _status_fields().get("VmData")
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started; 0 where /proc lacks it."""
+    stat, uptime = _lines(_PROC / "stat"), _lines(Path("/proc/uptime"))
+    if not stat or not uptime:
+        return 0.0
+    # proc(5): field 22 of stat is the start in clock ticks; the name, field 2, may hold spaces
+    started = int(stat[0].rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return max(0.0, float(uptime[0].split()[0]) - started)
 
 
 def available_bytes() -> int | None:

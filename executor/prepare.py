@@ -49,7 +49,8 @@ class Request:
     checkpoint folder or tokenizer.json). max_new_tokens and stop: None means as the plan has them. fingerprint: the
     checkpoint's, compared with the plan's where given. on_token gets (id, text that became whole); on_step gets each
     step's id before it runs. check: watch every step's peak and writes, and what kernels allocate (slower). poison:
-    fill dead ranges with NaN (tests). limit_data: a hard limit on the CPU at the plan's budget.
+    fill dead ranges with NaN (tests). limit_data: a hard limit on the CPU at the plan's budget. age_s: seconds the process took
+    to come this far, counted as part of `load`.
     """
 
     locations: Mapping[str, TensorLocation]
@@ -67,6 +68,7 @@ class Request:
     check: bool = False
     poison: bool = False
     limit_data: bool = False
+    age_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,7 +135,7 @@ class _Open:
 class Recorder:
     """Brackets phases and steps. In check runs the peak is taken anew for every step, otherwise for every phase."""
 
-    def __init__(self, device: Device, *, check: bool) -> None:
+    def __init__(self, device: Device, *, check: bool, age_s: float = 0.0) -> None:
         self._device = device
         self._check = check
         self._steps: dict[str, _Sums] = {}
@@ -144,7 +144,8 @@ class Recorder:
         self._open: _Open | None = None
         self._host: dict[str, int] = {}
         self._copied = 0
-        self._start = time.perf_counter()
+        self._age_s = age_s
+        self._start = time.perf_counter() - age_s
 
     def keep_host(self, name: str, size_bytes: int) -> None:
         """Note what the run itself keeps in host memory; 0 when it is gone."""
@@ -167,6 +168,8 @@ class Recorder:
             yield
             self._device.synchronize()
             seconds = time.perf_counter() - self._open.start
+            if phase == "load":
+                seconds += self._age_s
             self._resolve()
             reading = memory.read_memory()
             total = copied_bytes()

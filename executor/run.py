@@ -60,7 +60,7 @@ def run(plan: Plan, request: Request, device: Device | None = None) -> Result:
         )
         device = device or open_device(request)
         stack.enter_context(closing(device))
-        recorder = Recorder(device, check=request.check)
+        recorder = Recorder(device, check=request.check, age_s=request.age_s)
         with recorder.phase("load"):
             check_kernels(plan, device)
             arena = Arena(plan, device)

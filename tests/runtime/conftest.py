@@ -6,9 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image as Pillow
 
+from executor.make_checkpoint import make_random_checkpoint
+from executor.prepare import Request
+from planner import search, spec, workload
 from planner.plan import (
     Buffer,
     Copy,
@@ -31,6 +36,8 @@ from planner.plan import (
     WindowRun,
     Workload,
 )
+from planner.profile import load_profile
+from planner.schedule import Choice, PhaseResidency
 from planner.units import MIB
 
 MakePlan = Callable[..., Plan]
@@ -341,3 +348,78 @@ class Streaming:
 @pytest.fixture
 def streaming(tmp_path: Path) -> Streaming:
     return Streaming(tmp_path)
+
+
+class Tiny:
+    """A tiny random checkpoint, an image, and plans for them."""
+
+    PROMPT = "What is this?"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "tiny"
+        make_random_checkpoint("tiny", self.folder)
+        self.checkpoint = spec.read_checkpoint(self.folder)
+        self.image = folder / "a.png"
+        self.save_image(self.image, seed=0)
+        self.profile = load_profile("cpu")
+        self._plans: dict[tuple[Any, ...], Plan] = {}
+
+    def save_image(self, path: Path, *, seed: int, width: int = 196, height: int = 140) -> None:
+        values = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+        Pillow.fromarray(values).save(path)
+
+    def plan(
+        self,
+        *,
+        streamed: bool = False,
+        images: int = 1,
+        new_tokens: int = 5,
+        budget_bytes: int | None = None,
+    ) -> Plan:
+        """The search's plan, or one with every unit streamed that can be."""
+        key = (streamed, images, new_tokens, budget_bytes)
+        if key not in self._plans:
+            bounds = {
+                "min_pixels": self.checkpoint.min_pixels,
+                "max_pixels": self.checkpoint.max_pixels,
+            }
+            image = workload.parse_image(str(self.image), **bounds)
+            asked = workload.make_workload(
+                [image] * images,
+                **bounds,
+                text=self.PROMPT,
+                tokenizer_json=self.checkpoint.tokenizer_json,
+                max_new_tokens=new_tokens,
+            )
+            request = search.Request(self.checkpoint, asked, budget_bytes)
+            plan = search.search(request, self.profile)
+            if streamed:
+                none = PhaseResidency(0, 0, 0)
+                choice = Choice(
+                    order="vision_then_llm",
+                    images_together=False,
+                    depth=2,
+                    vision=none,
+                    prefill=none,
+                    decode=none,
+                    tiles=plan.levers.tiles,
+                )
+                plan = search.build(request, self.profile, choice)
+            self._plans[key] = plan
+        return self._plans[key]
+
+    def request(self, **changes: Any) -> Request:
+        given: dict[str, Any] = {
+            "locations": self.checkpoint.tensors,
+            "images": (self.image,),
+            "prompt": self.PROMPT,
+            "tokenizer": self.folder,
+            "fingerprint": self.checkpoint.shape.fingerprint,
+            "stop": (),
+        }
+        return Request(**(given | changes))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return Tiny(tmp_path_factory.mktemp("tiny"))

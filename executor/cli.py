@@ -1,0 +1,314 @@
+"""`execute`: run a plan on images and a prompt; the answer on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from planner.errors import InputError, StowplanError
+from planner.plan import Plan
+from planner.units import format_gib, format_seconds, parse_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from executor.prepare import Request
+    from executor.run import Result
+    from planner.spec import Checkpoint
+
+PASSED_BUDGET, INTERRUPTED = 4, 130
+
+EPILOG = """\
+exit codes: 0 ran, 1 the run failed, 2 usage or bad input, 3 the plan does not fit (any more),
+4 ran but passed the budget, 130 interrupted
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see: execute --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of one `execute`. Never a traceback for a user's mistake."""
+    try:
+        code = _main(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+        return code
+    except StowplanError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; everything was released, nothing half written", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # whoever read the answer has gone; without this Python complains once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _main(arguments: Sequence[str]) -> int:
+    options = _parser().parse_args(arguments)
+    if options.make_random_checkpoint:
+        return _make_checkpoint(*options.make_random_checkpoint, quiet=options.quiet)
+    _check_options(options)
+    checkpoint = _checkpoint(options)
+    plan = Plan.load(options.plan) if options.plan else _plan_on_the_spot(options, checkpoint)
+    return _execute(options, plan, checkpoint)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="execute",
+        description="Run a plan exactly as it stands, on CUDA or on the CPU, and print recorded peaks beside predicted ones.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "plan",
+        nargs="?",
+        type=Path,
+        metavar="plan.json",
+        help="a plan written by: plan --out plan.json",
+    )
+    add(
+        "--vram",
+        metavar="SIZE",
+        help="without a plan file: plan for this budget first (16GB, 6GiB)",
+    )
+    add("--model", metavar="DIR", help="the checkpoint's folder, or a hub id in the local cache")
+    add("--image", type=Path, action="append", default=[], metavar="FILE", help="once per image")
+    add("--prompt", metavar="TEXT", help="the question")
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="where to run (default: as the plan says, else cpu)",
+    )
+    add(
+        "--max-new-tokens",
+        type=_whole,
+        metavar="N",
+        help="default: as many as the plan has room for",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 (default): the likeliest token",
+    )
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the likeliest ids of this probability",
+    )
+    add("--seed", type=_whole, default=0, metavar="N", help="of the draws")
+    add("--record", type=Path, metavar="FILE", help="write what was recorded, as JSON")
+    add(
+        "--save-outputs",
+        type=Path,
+        metavar="FILE",
+        help="write image features, logits and tokens, as safetensors",
+    )
+    add(
+        "--check",
+        action="store_true",
+        help="watch every step's peak, writes and allocations (slower)",
+    )
+    add("--quiet", action="store_true", help="only the answer and errors")
+    add("--download", action="store_true", help="fetch --model from the hub first")
+    add(
+        "--make-random-checkpoint",
+        nargs=2,
+        metavar=("SPEC", "DIR"),
+        help="write a checkpoint of random weights (tiny, tiny-tied, 3b, 7b) and end",
+    )
+    return parser
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wanted a whole number, found {text!r}") from None
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    if options.plan and options.vram:
+        raise InputError("a plan file and --vram were given; give one of them")
+    if not options.plan and not options.vram:
+        raise InputError("nothing to run: give a plan file, or --vram to plan on the spot")
+    if not options.model:
+        raise InputError("--model is missing: give the folder of the checkpoint")
+    if options.prompt is None:
+        raise InputError("--prompt is missing: give the question")
+    for path in options.image:
+        if not path.is_file():
+            raise InputError(f"--image {path}: no such file")
+    for name in ("record", "save_outputs"):
+        path = getattr(options, name)
+        if path is not None and not path.parent.is_dir():
+            option = "--" + name.replace("_", "-")
+            raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
+
+
+def _checkpoint(options: argparse.Namespace) -> Checkpoint:
+    from planner import spec
+    from planner.hub import download
+
+    if options.download:
+        return spec.read_checkpoint(download(options.model), name=options.model.rpartition("/")[2])
+    checkpoint = spec.resolve_model(options.model)
+    if not checkpoint.tensors:
+        raise InputError(
+            f"--model {options.model}: names a built-in shape without weights; to run, give a checkpoint's folder"
+        )
+    return checkpoint
+
+
+def _plan_on_the_spot(options: argparse.Namespace, checkpoint: Checkpoint) -> Plan:
+    """The plan for these images and this prompt."""
+    from planner import search, workload
+    from planner.profile import load_profile
+
+    if options.device == "cuda":
+        raise InputError(
+            "--vram with --device cuda: the card's profile is not known here; "
+            "make a plan with: plan --device NAME --out plan.json"
+        )
+    images = [
+        workload.parse_image(
+            # a file that is called 3840x2160 is still a file
+            str(path) if path.is_absolute() else f"./{path}",
+            min_pixels=checkpoint.min_pixels,
+            max_pixels=checkpoint.max_pixels,
+        )
+        for path in options.image
+    ]
+    asked = workload.make_workload(
+        images,
+        min_pixels=checkpoint.min_pixels,
+        max_pixels=checkpoint.max_pixels,
+        text=options.prompt,
+        tokenizer_json=checkpoint.tokenizer_json,
+        max_new_tokens=128 if options.max_new_tokens is None else options.max_new_tokens,
+    )
+    request = search.Request(
+        checkpoint,
+        asked,
+        parse_bytes(options.vram, what="--vram"),
+        command=f"plan --vram {options.vram} --model {options.model} --device cpu",
+    )
+    return search.search(request, load_profile("cpu"))
+
+
+def _execute(options: argparse.Namespace, plan: Plan, checkpoint: Checkpoint) -> int:
+    from rich.console import Console
+
+    from executor.compare import compare, render
+    from executor.generate import Sampling
+    from executor.memory import process_age_s
+    from executor.prepare import Request
+
+    console = Console(stderr=True, quiet=options.quiet, highlight=False)
+    sampling = Sampling(
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+        repetition_penalty=plan.model.repetition_penalty,
+    )
+    request = Request(
+        locations=checkpoint.tensors,
+        images=tuple(options.image),
+        prompt=options.prompt,
+        tokenizer=checkpoint.tokenizer_json,
+        max_new_tokens=options.max_new_tokens,
+        sampling=sampling,
+        device=options.device or plan.device.kind,
+        fingerprint=checkpoint.shape.fingerprint,
+        save_outputs=options.save_outputs,
+        check=options.check,
+        age_s=process_age_s(),
+        on_token=_say,
+    )
+    console.print(
+        f"{plan.model.name} on {plan.device.kind}: {format_gib(plan.prediction.bound_peak_bytes)} at most, "
+        f"{format_seconds(plan.prediction.seconds)} predicted"
+    )
+    result = _with_progress(console, plan, request)
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    console.print(render(compare(plan, result.record)))
+    if options.record:
+        result.record.save(options.record)
+    if result.record.passed_budget:
+        print(
+            f"error: passed the budget: {format_gib(result.record.peak_bytes or 0)} recorded, "
+            f"{format_gib(result.record.budget_bytes or 0)} allowed",
+            file=sys.stderr,
+        )
+        return PASSED_BUDGET
+    return 0
+
+
+def _with_progress(console: Console, plan: Plan, request: Request) -> Result:
+    """Run with a bar for what comes before the answer; it is gone when the first token is there."""
+    from dataclasses import replace
+
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from executor.run import run
+
+    before = [step.id for step in plan.steps if step.phase != "decode"]
+    if console.quiet or not console.is_terminal:
+        return run(plan, request)
+    bar = Progress(
+        TextColumn("{task.description:<32}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        # drawn when a step begins, not by a thread: nothing competes with the steps
+        auto_refresh=False,
+    )
+    task = bar.add_task("start", total=len(before))
+    place = {step: index for index, step in enumerate(before)}
+
+    def on_step(step: str) -> None:
+        if step in place:
+            bar.update(task, completed=place[step], description=step)
+            bar.refresh()
+
+    say: Callable[[int, str], None] = request.on_token or (lambda token, piece: None)
+
+    def on_token(token: int, piece: str) -> None:
+        bar.stop()
+        say(token, piece)
+
+    with bar:
+        return run(plan, replace(request, on_step=on_step, on_token=on_token))
+
+
+def _say(token: int, piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _make_checkpoint(spec: str, directory: str, *, quiet: bool) -> int:
+    from executor.make_checkpoint import make_random_checkpoint
+
+    size_bytes = make_random_checkpoint(spec, Path(directory))
+    if not quiet:
+        print(f"{directory}: {format_gib(size_bytes)} of random weights ({spec})", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
