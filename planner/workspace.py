@@ -90,10 +90,9 @@ def outside(
     for calls in tile_calls(
         kind, shape, tiles, images, prompt_rows, context_tokens, machine.kernel, decode=decode
     ):
-        found = _allocations(calls, shape, machine)
-        peak = _peak(found)
+        found, peak = _allocations(calls, shape.dtype, machine)
         if peak > most:
-            best, most = _named(found), peak
+            best, most = found, peak
     if kind == "norm":
         # the row that is normalised is upcast outside the arena, whose `hidden` holds one row alone
         row = Outside(name="norm32", size_bytes=4 * shape.text.hidden, birth=0, death=1)
@@ -103,7 +102,11 @@ def outside(
 
 def peak_bytes(allocations: Iterable[Outside]) -> int:
     """Largest sum of sizes alive at once."""
-    return _peak([(a.name, a.size_bytes, a.birth, a.death) for a in allocations])
+    alive: dict[int, int] = {}
+    for allocation in allocations:
+        for index in range(allocation.birth, allocation.death):
+            alive[index] = alive.get(index, 0) + allocation.size_bytes
+    return max(alive.values(), default=0)
 
 
 def gemm_shapes(
@@ -141,7 +144,8 @@ def tile_calls(
         rows = {r for image in images for r in _tile_rows(image.patches, tiles.patch_rows)}
         return [(Gemm(r, vision.patch_values, width),) for r in sorted(rows)]
     if kind == "window_attn":
-        distinct = {w for i in images for w in _window_tiles(i.windows, tiles.window_rows)}
+        groups_of = {tuple((w.count, w.rows) for w in image.windows) for image in images}
+        distinct = {t for groups in groups_of for t in _window_tiles(groups, tiles.window_rows)}
         return [
             (
                 Gemm(r, width, 3 * width),
@@ -152,11 +156,11 @@ def tile_calls(
         ]
     if kind == "full_attn":
         found: list[Calls] = []
-        groups = _tile_rows(heads, tiles.query_heads)
+        parts = _tile_rows(heads, tiles.query_heads)
         for patches in sorted({image.patches for image in images}):
             for r in _tile_rows(patches, tiles.query_rows):
                 project = Gemm(r, width, width)
-                attend = (Attention(1, h, h, r, patches, size, False) for h in groups)
+                attend = (Attention(1, h, h, r, patches, size, False) for h in parts)
                 found += [(Gemm(r, width, 2 * width),), (project, *attend, project)]
         return found
     if kind == "vision_mlp":
@@ -221,11 +225,12 @@ def _tile_rows(rows: int, tile: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=1024)
 def _window_tiles(
-    windows: tuple[WindowRun, ...], tile_rows: int
+    windows: tuple[tuple[int, int], ...], tile_rows: int
 ) -> frozenset[tuple[int, tuple[tuple[int, int], ...]]]:
     """Distinct (rows, attention calls as (windows, rows of each)) of the tiles of one image."""
     found = set()
-    for tile in window_tiles(windows, tile_rows):
+    runs = tuple(WindowRun(count=count, rows=rows) for count, rows in windows)
+    for tile in window_tiles(runs, tile_rows):
         batches: dict[tuple[int, int], None] = {}
         for count, size in tile.runs:
             for n in _tile_rows(count, WINDOWS_PER_CALL):
@@ -234,35 +239,20 @@ def _window_tiles(
     return frozenset(found)
 
 
-def _allocations(
-    calls: Calls, shape: ModelShape, machine: Machine
-) -> list[tuple[str, int, int, int]]:
-    """(name, bytes, birth, death) of everything the calls of one tile take."""
+@lru_cache(maxsize=4096)
+def _allocations(calls: Calls, dtype: str, machine: Machine) -> tuple[tuple[Outside, ...], int]:
+    """Everything the calls of one tile take, and the largest sum alive at once."""
     found = []
     for index, call in enumerate(calls):
         if isinstance(call, Gemm):
-            for name, size in gemm_pieces(call, shape.dtype, machine):
-                found.append((name, size, index, index + 1))
-            continue
-        for name, size in attention_pieces(call, shape.dtype, machine):
-            stays = call.held and name in ("output", "logsumexp")
-            found.append((name, size, index, index + 2 if stays else index + 1))
-    return found
-
-
-def _named(found: Iterable[tuple[str, int, int, int]]) -> tuple[Outside, ...]:
-    return tuple(
-        Outside.model_construct(name=name, size_bytes=size, birth=birth, death=death)
-        for name, size, birth, death in found
-    )
-
-
-def _peak(found: Sequence[tuple[str, int, int, int]]) -> int:
-    alive: dict[int, int] = {}
-    for _, size, birth, death in found:
-        for index in range(birth, death):
-            alive[index] = alive.get(index, 0) + size
-    return max(alive.values(), default=0)
+            pieces, held = gemm_pieces(call, dtype, machine), False
+        else:
+            pieces, held = attention_pieces(call, dtype, machine), call.held
+        for name, size in pieces:
+            stays = held and name in ("output", "logsumexp")
+            death = index + 2 if stays else index + 1
+            found.append(Outside(name=name, size_bytes=size, birth=index, death=death))
+    return tuple(found), peak_bytes(found)
 
 
 def gemm_pieces(call: Gemm, dtype: str, machine: Machine) -> list[Piece]:

@@ -133,11 +133,11 @@ def build(make_model: Any, make_shape: Any) -> Callable[..., Any]:
         weights[f"{name}.weight"] = torch.ones(e if "model" in name else d, dtype=torch.bfloat16)
 
     def make(dtype: str, **options: Any) -> Any:
-        # 36 x 42 has ragged windows and tiles; 32 x 48 and 512 rows are multiples of the tiles
+        # 36 x 42 has ragged windows and tiles; the others and their rows are multiples of the tiles
         image, text = options.pop("request", ((32, 48), 128))
         patches = image[0] * image[1]
         ids = [1, *[500] * (patches // 4), *[2] * (text - 1)]
-        positions = torch.arange(600).expand(3, -1)
+        positions = torch.arange(700).expand(3, -1)
         shape = make_shape(CONFIG, dtype)
         pixels = [torch.zeros(patches, 1176)]
         return make_model(shape, weights, [image], pixels, ids, positions, **options)
@@ -146,7 +146,9 @@ def build(make_model: Any, make_shape: Any) -> Callable[..., Any]:
 
 
 def options_of(tiling: str) -> dict[str, Any]:
-    return {**TILINGS[tiling], **({"request": ((36, 42), 3)} if tiling == "odd" else {})}
+    # "whole" has 32 windows: two full batches, whose outputs must not coexist
+    requests = {"odd": ((36, 42), 3), "whole": ((32, 64), 128), "tiles": ((32, 48), 128)}
+    return {**TILINGS[tiling], "request": requests[tiling]}
 
 
 def every_step(model: Any) -> Iterator[tuple[Any, Any, Callable[[], object], bool]]:
