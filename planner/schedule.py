@@ -194,7 +194,9 @@ class _Drafts:
         self.steps.append(StepDraft(id, phase, kind, images, unit, None, reads, writes, ()))
 
     def vision(self) -> None:
-        """Steps of the vision tower, for all images at once or one after another."""
+        """Steps of the vision tower, for all images at once or one after another; none without images."""
+        if not self.workload.images:
+            return
         everything = tuple(range(len(self.workload.images)))
         groups = [everything] if self.choice.images_together else [(i,) for i in everything]
         shape, tiles = self.model.vision, self.choice.tiles

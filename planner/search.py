@@ -55,9 +55,7 @@ def search(request: Request, device: DeviceProfile) -> Plan:
 def build(request: Request, device: DeviceProfile, choice: Choice) -> Plan:
     """The plan of one given setting of the levers, without a search; BudgetTooSmall where it does not fit."""
     problem = Problem(request, device)
-    found = (
-        _with_prefetch(problem, choice) if choice.order == "prefetch" else evaluate(problem, choice)
-    )
+    found = _evaluate(problem, choice)
     if request.budget_bytes is not None and found.bound_bytes > request.budget_bytes:
         raise BudgetTooSmall(
             f"this setting of the levers needs {format_gib(found.bound_bytes)}, "
@@ -449,7 +447,10 @@ def _prefill_residents(
 # --- orders -------------------------------------------------------------------------------------------------------
 
 
-def _with_prefetch(problem: Problem, choice: Choice) -> Evaluated:
+def _evaluate(problem: Problem, choice: Choice) -> Evaluated:
+    """Any setting worked out; under `prefetch` after the plain order, whose free bytes it fills."""
+    if choice.order != "prefetch":
+        return evaluate(problem, choice)
     base = evaluate(problem, replace(choice, order="vision_then_llm"))
     return _prefetched(problem, choice, base)
 
@@ -574,35 +575,36 @@ def _variants(problem: Problem, best: Evaluated) -> tuple[Variant, ...]:
         (
             "LLM beside the vision tower (SUM)",
             replace(choice, order=order, prefill=text, decode=text),
-            "every LLM weight resident before the image is encoded",
+            "LLM weights first",
         ),
         (
             "vision weights resident",
             replace(choice, vision=vision),
-            "the whole tower loaded before it runs",
+            "the tower whole",
         ),
         (
             "attention untiled",
             replace(choice, tiles=untiled),
-            "all query rows in one call of the same kernel; no scores are kept",
+            "one call, no scores",
         ),
         (
             "all three off",
             replace(choice, order=order, vision=vision, prefill=text, decode=text, tiles=untiled),
-            "everything resident, one call",
+            "",
         ),
     ]
     budget = problem.request.budget_bytes
     result = []
     for name, setting, note in settings:
-        found = evaluate(problem, setting)
+        same = setting == choice
+        found = best if same else _evaluate(problem, setting)
         result.append(
             Variant(
                 name=name,
                 bound_bytes=found.bound_bytes,
                 seconds=found.seconds + problem.profile.start_s,
                 fits=budget is None or found.bound_bytes <= budget,
-                note=note,
+                note="as in this plan" if same else note,
             )
         )
     return tuple(result)

@@ -1,0 +1,259 @@
+"""`plan`: what fits a budget, how, and at what price; the report or one JSON document on stdout, the rest on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from planner.errors import InputError, StowplanError
+from planner.units import format_gib, parse_bytes
+
+if TYPE_CHECKING:
+    from planner.plan import Plan, Workload
+    from planner.profile import DeviceProfile
+    from planner.spec import Checkpoint
+
+INTERRUPTED = 130
+DEFAULT_MODEL = "7b"
+DEFAULT_IMAGE = "3840x2160"
+DEFAULT_DEVICE = "rtx-5080-16gb"
+MOST = 10**6  # tokens that --prompt-tokens, --max-new-tokens and --context-tokens take
+COLUMNS = 80
+
+EPILOG = """\
+`plan --vram 16GB` alone plans the 7B model with one 3840x2160 image, 64 prompt tokens beyond the template and 128
+new ones on an RTX 5080 16GB. Sizes: 16GB is 16 * 10^9 bytes, 16GiB is 16 * 2^30.
+
+exit codes: 0 fits, 1 the plan could not be written, 2 usage or bad input, 3 does not fit, 130 interrupted
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see: plan --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of one `plan`. Never a traceback for a user's mistake."""
+    try:
+        _plan(_parser().parse_args(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        return 0
+    except StowplanError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; nothing half written", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # whoever read the report has gone; without this Python complains once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="plan",
+        description="Plan how a Qwen2.5-VL fits a memory budget: no GPU, no weights, under a second.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--vram",
+        metavar="SIZE",
+        help="bytes the whole process may hold on the device, such as 16GB or 6GiB (default: what the device offers; no limit on the CPU)",
+    )
+    add(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="MODEL",
+        help="3b, 7b, 32b, 72b, the folder of a checkpoint, or a hub id in the local cache (default: 7b)",
+    )
+    add(
+        "--image",
+        action="append",
+        metavar="FILE|WxH",
+        help="an image file or its size, once per image (default: 3840x2160); none: a prompt of text alone",
+    )
+    add(
+        "--max-pixels",
+        type=_count,
+        metavar="N",
+        help="shrink images to N pixels at most (default: as the checkpoint says); llama.cpp's --image-max-tokens is N / 784",
+    )
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="the question; without the checkpoint's tokenizer its length is bounded, not counted",
+    )
+    text.add_argument(
+        "--prompt-tokens",
+        type=_tokens,
+        metavar="N",
+        help="tokens of the question, beyond the template and the images (default: 64)",
+    )
+    add(
+        "--max-new-tokens",
+        type=_tokens,
+        default=128,
+        metavar="N",
+        help="tokens of the answer (default: 128)",
+    )
+    add(
+        "--context-tokens",
+        type=_tokens,
+        metavar="N",
+        help="capacity of the KV cache (default: prompt and answer)",
+    )
+    add(
+        "--device",
+        default=DEFAULT_DEVICE,
+        metavar="NAME",
+        help="a device profile's name, cpu, or a profile's .json file (default: rtx-5080-16gb)",
+    )
+    add(
+        "--ram",
+        metavar="SIZE",
+        help="host memory that may keep weights once they were read (default: as the profile says)",
+    )
+    add("--out", type=Path, metavar="FILE", help="write the plan, for: execute FILE")
+    add("--json", action="store_true", help="print the plan itself, one JSON document")
+    return parser
+
+
+def _count(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wanted a whole number, found {text!r}") from None
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"wanted at least 1, found {number}")
+    return number
+
+
+def _tokens(text: str) -> int:
+    number = _count(text)
+    if number > MOST:
+        raise argparse.ArgumentTypeError(f"wanted at most {MOST}, found {number}")
+    return number
+
+
+def _plan(options: argparse.Namespace) -> None:
+    # imported here, so that --help and a mistyped option answer at once
+    from planner.profile import load_profile
+    from planner.search import Request, search
+    from planner.spec import resolve_model
+
+    budget = parse_bytes(options.vram, what="--vram") if options.vram is not None else None
+    ram = parse_bytes(options.ram, what="--ram") if options.ram is not None else None
+    device = load_profile(options.device)
+    if options.out is not None and not options.out.parent.is_dir():
+        raise InputError(f"--out {options.out}: the folder {options.out.parent} does not exist")
+    checkpoint = resolve_model(options.model)
+    _check_dtype(checkpoint, device)
+    workload = _workload(options, checkpoint)
+    if device.kind == "cuda":
+        if budget is None:
+            budget = device.usable_bytes
+        elif budget > device.usable_bytes:
+            print(
+                f"note: {device.id} offers {format_gib(device.usable_bytes)}, --vram is {format_gib(budget)}; "
+                "name a larger card with --device",
+                file=sys.stderr,
+            )
+    request = Request(checkpoint, workload, budget, ram_bytes=ram, command=_command(options))
+    plan = search(request, device)
+    if options.out is not None:
+        plan.save(options.out)
+        print(f"wrote {options.out}", file=sys.stderr)
+    _show(plan, options)
+
+
+def _check_dtype(checkpoint: Checkpoint, device: DeviceProfile) -> None:
+    if checkpoint.shape.dtype == "bfloat16" and not device.bf16:
+        raise InputError(
+            f"--device {device.id}: wanted a device with bfloat16, which {checkpoint.shape.name} is stored in; "
+            f"{device.name} has none: give --model a checkpoint saved in float16, or another --device"
+        )
+
+
+def _workload(options: argparse.Namespace, checkpoint: Checkpoint) -> Workload:
+    from planner.workload import make_workload, parse_image
+
+    names = options.image or [DEFAULT_IMAGE]
+    if "none" in names and len(names) > 1:
+        raise InputError("--image: wanted images or none, found both")
+    vision = checkpoint.shape.vision
+    min_pixels = checkpoint.min_pixels
+    max_pixels = checkpoint.max_pixels if options.max_pixels is None else options.max_pixels
+    images = [
+        parse_image(
+            name,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            patch_px=vision.patch_px,
+            merge=vision.merge,
+            window_px=vision.window_px,
+        )
+        for name in names
+        if name != "none"
+    ]
+    return make_workload(
+        images,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        text=options.prompt,
+        n_text_tokens=options.prompt_tokens,
+        tokenizer_json=checkpoint.tokenizer_json,
+        max_new_tokens=options.max_new_tokens,
+        context_tokens=options.context_tokens,
+    )
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command that makes the same plan again: every option that has a say, in one order, defaults spelled out."""
+    given: list[tuple[str, object]] = [
+        ("--vram", options.vram),
+        ("--model", options.model),
+        *(("--image", name) for name in options.image or [DEFAULT_IMAGE]),
+        ("--max-pixels", options.max_pixels),
+        ("--prompt", options.prompt),
+        ("--prompt-tokens", options.prompt_tokens),
+        ("--max-new-tokens", options.max_new_tokens),
+        ("--context-tokens", options.context_tokens),
+        ("--device", options.device),
+        ("--ram", options.ram),
+    ]
+    words = ["plan"]
+    for option, value in given:
+        text = str(value)
+        if value is not None:
+            # a value such as -x must not be read as an option
+            words += [f"{option}={text}"] if text.startswith("-") else [option, text]
+    return shlex.join(words)
+
+
+def _show(plan: Plan, options: argparse.Namespace) -> None:
+    from planner import report
+
+    if options.json:
+        sys.stdout.write(report.as_json(plan))
+        return
+    from rich.console import Console
+
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without the letters shows a ?
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else COLUMNS)
+    console.print(report.render(plan, path=options.out))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
