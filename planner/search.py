@@ -15,17 +15,16 @@ from itertools import product
 from typing import NamedTuple
 
 from planner.assemble import Evaluated, assemble, draft, evaluate, work_out
+from planner.certificate import certificate, least_plan
 from planner.errors import BudgetTooSmall
-from planner.fronts import START, Point, prefill_front, vision_front
-from planner.graph import Intervals
+from planner.fronts import START, VOCABULARY_ROWS, Point, prefill_front, vision_front
 from planner.plan import Kind, Order, Plan, Tiles, Variant
 from planner.problem import Problem, Request, kv_bytes
 from planner.profile import DeviceProfile
 from planner.schedule import Choice, PhaseResidency, spread
-from planner.units import MIB, format_gb_up, format_gib
+from planner.units import MIB, format_gib
 
 VISIONS = 4  # vision settings that are combined with every text setting
-VOCABULARY_ROWS = (2**20, 65536, 16384, 4096)
 BUILT = 4  # candidates whose graph and layout are built, per round
 CLOSE = 1e-3  # a candidate that can gain less than this share is not built
 OUTSIDE_CAPS = (8 * MIB, 48 * MIB, 256 * MIB)  # of kernels' blocks outside the arena, on a card
@@ -37,10 +36,10 @@ __all__ = ["Request", "build", "search"]
 def search(request: Request, device: DeviceProfile) -> Plan:
     """The fastest plan found whose bound fits the budget; BudgetTooSmall carries the certificate."""
     problem = Problem(request, device)
-    smallest = _smallest(problem)
+    smallest = least_plan(problem)
     budget = request.budget_bytes
     if budget is not None and budget < smallest.bound_bytes:
-        raise _certificate(problem, smallest)
+        raise certificate(problem, smallest)
     best, weighed, lower_bound = _best(problem, budget, smallest)
     return assemble(
         problem,
@@ -480,75 +479,7 @@ def _prefetched(problem: Problem, choice: Choice, base: Evaluated) -> Evaluated:
     return evaluate(problem, replace(choice, order="prefetch"), prefetch_after=after)
 
 
-# --- the least budget, and the same request with ideas off --------------------------------------------------------
-
-
-def _smallest(problem: Problem) -> Evaluated:
-    """The candidate with the least bound: everything streamed through one slot, smallest tiles."""
-    nothing = PhaseResidency(0, 0)
-    workload = problem.workload
-    element = problem.costs.element
-    text = problem.model.text
-    everything = tuple(range(len(workload.images)))
-    modes = [True, False] if len(everything) > 1 else [True]
-    pinned = problem.request.tiles
-    rows = min(VOCABULARY_ROWS) if pinned is None else pinned.vocabulary_rows
-    best: Evaluated | None = None
-    for together in modes:
-        tiles: dict[str, int] = {"vocabulary_rows": min(rows, text.vocabulary)}
-        if everything:
-            groups = [everything] if together else [(i,) for i in everything]
-            out = workload.prompt_tokens * text.hidden * element
-            tiles |= vision_front(problem, groups, {"merger": out})[0].tiles
-        tiles |= prefill_front(problem)[0].tiles
-        choice = Choice(
-            "vision_then_llm",
-            together,
-            1,
-            nothing,
-            nothing,
-            nothing,
-            START.model_copy(update=tiles),
-        )
-        found = evaluate(problem, choice)
-        if best is None or found.bound_bytes < best.bound_bytes:
-            best = found
-    assert best is not None
-    return best
-
-
-def _certificate(problem: Problem, smallest: Evaluated) -> BudgetTooSmall:
-    budget = problem.request.budget_bytes
-    assert budget is not None
-    index = smallest.peak_index
-    step = smallest.program.steps[index]
-    parts: dict[str, int] = {}
-    for name, spans in smallest.lifetimes.items():
-        if _alive(spans, index):
-            kind = smallest.program.buffers[name].kind
-            parts[kind] = parts.get(kind, 0) + smallest.program.buffers[name].size_bytes
-    rest = smallest.bound_bytes - sum(parts.values())
-    words = {
-        "staging": "staging",
-        "weights": "weights",
-        "scratch": "activations",
-        "residual": "residual streams",
-        "kv_cache": "KV cache",
-    }
-    terms = " + ".join(f"{words[k]} {format_gib(parts[k])[:-4]}" for k in words if k in parts)
-    pixels = problem.workload.max_pixels // 2
-    return BudgetTooSmall(
-        f"no plan fits {format_gib(budget)}: the smallest needs {format_gib(smallest.bound_bytes)}\n"
-        f"  largest step  {step.id}: {terms} + context and reserved {format_gib(rest)}\n"
-        f"  to fit        --vram {format_gb_up(smallest.bound_bytes)}"
-        f"    or  --max-pixels {pixels}"
-        f"    or  --max-new-tokens {max(problem.workload.max_new_tokens // 2, 1)}",
-        smallest_bytes=smallest.bound_bytes,
-    )
-
-
-def _alive(spans: Intervals, index: int) -> bool:
-    return any(birth <= index < death for birth, death in spans)
+# --- the same request with ideas off --------------------------------------------------------------------------------
 
 
 def _variants(problem: Problem, best: Evaluated) -> tuple[Variant, ...]:
