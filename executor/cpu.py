@@ -35,11 +35,12 @@ class CpuDevice:
         self._mapping: mmap.mmap | None = None
         self._bytes: memoryview | None = None
         self._address = 0
+        self._size_bytes = 0
         self._resets = True
 
     # memory
     def allocate_arena(self, size_bytes: int) -> Tensor:
-        size_bytes = _up(size_bytes)
+        self._size_bytes, size_bytes = size_bytes, _up(size_bytes)
         available = memory.available_bytes()
         if available is not None and size_bytes > available:
             raise OutOfMemory(
@@ -109,8 +110,10 @@ class CpuDevice:
         if self._mapping is None or not hasattr(mmap, "MADV_DONTNEED"):
             return
         for start, stop in ranges:
-            start, stop = _up(start), min(stop, len(self._mapping))
-            if stop < len(self._mapping):
+            start = _up(start)
+            if stop >= self._size_bytes:
+                stop = len(self._mapping)  # the last page is nobody else's
+            else:
                 stop = stop // memory.PAGE_BYTES * memory.PAGE_BYTES
             if stop > start:
                 self._mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)

@@ -61,7 +61,7 @@ def run(plan: Plan, request: Request, device: Device | None = None) -> Result:
         device = device or open_device(request)
         stack.enter_context(closing(device))
         recorder = Recorder(device, check=request.check, age_s=request.age_s)
-        with recorder.phase("load"):
+        with recorder.phase("load", arena_bytes=lambda: arena.resident_bytes()):
             check_kernels(plan, device)
             arena = Arena(plan, device)
             stack.callback(arena.close)

@@ -60,6 +60,15 @@ def test_drawn_tokens_are_transformers_with_the_same_generator(
         assert token == int(torch.multinomial(probabilities, 1, generator=theirs))
 
 
+def test_the_likeliest_id_stays_however_small_top_p_is() -> None:
+    torch.manual_seed(2)
+    sampling = Sampling(temperature=1.0, top_p=1e-9)
+    for _ in range(100):
+        logits = torch.randn(VOCABULARY)
+        token = next_token(logits, seen_mask([], VOCABULARY), sampling, generator(sampling))
+        assert token == int(logits.argmax())
+
+
 def test_the_same_seed_draws_the_same_tokens_and_another_one_does_not() -> None:
     logits, seen = torch.zeros(VOCABULARY), seen_mask([], VOCABULARY)
 
