@@ -88,6 +88,12 @@ class CpuDevice:
         reading = memory.read_memory()
         return reading.rss_bytes if reading else None
 
+    def context_bytes(self) -> int | None:
+        held = self.held_bytes()
+        if held is None:
+            return None
+        return held - (self.resident_bytes([(0, self._size_bytes)]) or 0)
+
     def allocated_peak(self, call: Callable[[], None]) -> int:
         """From the profiler's memory events, which also see buffers inside kernels.
 

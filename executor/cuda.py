@@ -88,9 +88,9 @@ class CudaDevice:
             del block
 
     def cap(self, budget_bytes: int) -> None:
-        held, total = self.held_bytes(), torch.cuda.mem_get_info(self.torch_device)[1]
+        total = torch.cuda.mem_get_info(self.torch_device)[1]
         # the fraction limits what the allocator reserves, not the context beside it
-        beside = held - torch.cuda.memory_reserved(self.torch_device)
+        beside = self.context_bytes()
         if budget_bytes <= beside:
             raise DoesNotFit(
                 f"the budget of {format_gib(budget_bytes)} is below the {format_gib(beside)} that the driver's context holds"
@@ -103,10 +103,8 @@ class CudaDevice:
         self._peak_held = 0
 
     def peak_bytes(self) -> int:
-        held = self.held_bytes()
-        beside = held - torch.cuda.memory_reserved(self.torch_device)
         reserved = torch.cuda.max_memory_reserved(self.torch_device)
-        self._peak_held = max(self._peak_held, held, beside + reserved)
+        self._peak_held = max(self._peak_held, self.held_bytes(), self.context_bytes() + reserved)
         return self._peak_held
 
     def held_bytes(self) -> int:
@@ -115,6 +113,9 @@ class CudaDevice:
             return own
         free, total = torch.cuda.mem_get_info(self.torch_device)
         return total - free
+
+    def context_bytes(self) -> int:
+        return self.held_bytes() - torch.cuda.memory_reserved(self.torch_device)
 
     def allocated_peak(self, call: Callable[[], None]) -> int:
         before = torch.cuda.memory_allocated(self.torch_device)
@@ -153,30 +154,17 @@ class CudaDevice:
 
     def fill(self, chunk: Chunk, files: Files) -> None:
         assert self._arena is not None, "the arena comes before the first copy"
-        size_bytes, done = chunk.size_bytes, 0
-        targets = list(chunk.targets)
-        while done < size_bytes:
+        for offset_bytes, size_bytes, moves in pieces_of(chunk, PIECE_BYTES):
             piece = self._ring[self._next]
             self._next = (self._next + 1) % len(self._ring)
-            # the piece's last copy must have left it; an event never recorded is done
+            # the piece's last copy must have left it; an event never recorded counts as reached
             piece.free.synchronize()
-            take = min(PIECE_BYTES, size_bytes - done)
-            files.read(chunk.path, chunk.offset_bytes + done, [piece.view[:take]])
-            at = 0
+            files.read(chunk.path, offset_bytes, [piece.view[:size_bytes]])
             with torch.cuda.stream(self._copy_stream):
-                while at < take:
-                    start, stop = targets[0]
-                    part = min(stop - start, take - at)
-                    self._arena[start : start + part].copy_(
-                        piece.pinned[at : at + part], non_blocking=True
-                    )
-                    at += part
-                    if start + part == stop:
-                        targets.pop(0)
-                    else:
-                        targets[0] = (start + part, stop)
+                for at, start, stop in moves:
+                    source = piece.pinned[at : at + stop - start]
+                    self._arena[start:stop].copy_(source, non_blocking=True)
                 piece.free.record(self._copy_stream)
-            done += take
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)
@@ -201,6 +189,32 @@ class CudaDevice:
         torch.cuda.empty_cache()
         if self._nvml is not None:
             self._nvml.close()
+
+
+class Part(NamedTuple):
+    """One pinned piece's share of a chunk: a read of the file, then moves of (offset in the piece, arena start, arena stop)."""
+
+    offset_bytes: int
+    size_bytes: int
+    moves: tuple[tuple[int, int, int], ...]
+
+
+def pieces_of(chunk: Chunk, piece_bytes: int) -> list[Part]:
+    """The chunk cut into parts of at most `piece_bytes`, in order."""
+    parts: list[Part] = []
+    offset_bytes, at = chunk.offset_bytes, 0
+    moves: list[tuple[int, int, int]] = []
+    for start, stop in chunk.targets:
+        while start < stop:
+            take = min(stop - start, piece_bytes - at)
+            moves.append((at, start, start + take))
+            start, at = start + take, at + take
+            if at == piece_bytes:
+                parts.append(Part(offset_bytes, at, tuple(moves)))
+                offset_bytes, at, moves = offset_bytes + at, 0, []
+    if moves:
+        parts.append(Part(offset_bytes, at, tuple(moves)))
+    return parts
 
 
 class _Nvml:

@@ -140,6 +140,10 @@ class Device(Protocol):
         """The most bytes that torch's allocator had given out at once during the call, beyond those it began with."""
         ...
 
+    def context_bytes(self) -> int | None:
+        """Device bytes that are neither the arena's nor the allocator's: driver or interpreter, libraries, their code."""
+        ...
+
     def release(self, ranges: Sequence[Range]) -> None:
         """Give back the whole pages inside ranges of the arena; their content is lost."""
         ...

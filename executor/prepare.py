@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from executor.attention import check_kernel
 from executor.device import Device
 from executor.generate import Sampling, generator, next_token, seen_mask
 from executor.image import Pixels, PixelSource, open_image, patch_positions, window_order
-from executor.prompt import build_prompt, load_tokenizer, positions
+from executor.prompt import build_prompt, positions
 from executor.text import TextRun, text_frequencies
 from executor.vision import VisionRun, vision_frequencies
 from executor.weights import EmbeddingRows, pieces
@@ -125,6 +126,8 @@ def check_request(plan: Plan, request: Request) -> None:
             f"the plan is for {plan.device.kind} ({plan.device.profile}), the run for {request.device}; "
             f"run with --device {plan.device.kind} or make a plan for the other"
         )
+    if plan.device.kind == "cuda":
+        check_allocator(plan.device.allocator, os.environ)
     if request.fingerprint is not None and request.fingerprint != plan.model.fingerprint:
         raise PlanFileError(
             f"the plan is for {plan.model.name} ({plan.model.fingerprint[:12]}), the checkpoint is another one "
@@ -144,15 +147,32 @@ def check_request(plan: Plan, request: Request) -> None:
             raise InputError(f"{path}: no such image file")
 
 
-def read_prompt(plan: Plan, request: Request) -> Prompt:
+def check_allocator(allocator: str, environment: Mapping[str, str]) -> None:
+    """Nothing, if the CUDA allocator's settings in the environment are those that the plan counted with."""
+    # torch 2.9 renamed it; the older name still works
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        settings = environment.get(name, "").replace(" ", "").lower()
+        if settings:
+            break
+    expandable = "expandable_segments:true" in settings
+    if expandable != (allocator == "expandable"):
+        wanted = (
+            "expandable_segments:True" if allocator == "expandable" else "no expandable_segments"
+        )
+        raise PlanFileError(
+            f"the plan counts with the {allocator} allocator, so it wants {wanted} in {name}, "
+            f"found {settings or 'nothing'}; set it so, or plan with --allocator {'expandable' if expandable else 'native'}"
+        )
+
+
+def read_prompt(plan: Plan, request: Request, tokenizer: Any = None) -> Prompt:
     """The request's prompt as ids and positions, if the plan has room for it; InputError with the numbers if not."""
     workload, token_ids = plan.workload, plan.model.token_ids
     if isinstance(request.prompt, str):
-        if request.tokenizer is None:
+        if tokenizer is None:
             raise InputError(
-                "a prompt as text needs the checkpoint's tokenizer.json; give ids instead"
+                "a prompt as text needs the checkpoint's tokenizer.json; give it, or ids instead"
             )
-        tokenizer = load_tokenizer(request.tokenizer)
         ids = build_prompt(tokenizer, request.prompt, workload.images, token_ids)
     else:
         ids = list(request.prompt)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -49,9 +51,14 @@ class Result:
 
 
 def run(plan: Plan, request: Request, device: Device | None = None) -> Result:
-    """Run the plan as it stands. Raises the errors of planner.errors; then nothing is left open or half written."""
+    """Run the plan as it stands, on `device` or on one of the request's kind, which is closed at the end.
+
+    Raises the errors of planner.errors; then nothing is left open or half written.
+    """
     check_request(plan, request)
-    prompt = read_prompt(plan, request)
+    # once, and before the context is measured: a real one holds some 60 MiB
+    tokenizer = load_tokenizer(request.tokenizer) if request.tokenizer else None
+    prompt = read_prompt(plan, request, tokenizer)
     malloc_fixed = memory.fix_malloc_thresholds()
     sampling = request.sampling or Sampling(repetition_penalty=plan.model.repetition_penalty)
     with ExitStack() as stack:
@@ -70,7 +77,8 @@ def run(plan: Plan, request: Request, device: Device | None = None) -> Result:
             runs = make_runs(plan, prompt, device, embeddings)
             device.reserve_outside(max((step.outside_bytes for step in plan.steps), default=0))
             prime(plan, arena, runs, prompt, sampling)
-            context_bytes = _context(device, arena)
+            device.synchronize()
+            context_bytes = device.context_bytes()
             check_budget(plan, context_bytes)
             if plan.device.budget_bytes is not None:
                 device.cap(plan.device.budget_bytes)
@@ -94,7 +102,7 @@ def run(plan: Plan, request: Request, device: Device | None = None) -> Result:
                 sampling=sampling,
                 draws=generator(sampling),
                 seen=seen_mask(prompt.ids, plan.model.text.vocabulary),
-                text=_Text(request),
+                text=_Text(request.on_token, tokenizer),
                 outputs=outputs,
             )
             if request.poison:
@@ -135,12 +143,10 @@ def open_device(request: Request) -> Device:
 class _Text:
     """The answer as text, where there is a tokenizer, handed on piece by piece."""
 
-    def __init__(self, request: Request) -> None:
-        self._hand_on = request.on_token
+    def __init__(self, on_token: Callable[[int, str], None] | None, tokenizer: Any) -> None:
+        self._hand_on = on_token
         self.whole = ""
-        self._pieces: Detokenizer | None = None
-        if request.tokenizer is not None:
-            self._pieces = Detokenizer(load_tokenizer(request.tokenizer))
+        self._pieces = Detokenizer(tokenizer) if tokenizer is not None else None
 
     def push(self, token: int) -> None:
         piece = self._pieces.push(token) if self._pieces else ""
@@ -259,15 +265,6 @@ class _Loop:
     def _ended(self) -> bool:
         stop = self.plan.model.token_ids.stop if self.request.stop is None else self.request.stop
         return bool(self.tokens) and self.tokens[-1] in stop
-
-
-def _context(device: Device, arena: Arena) -> int | None:
-    """Device bytes that are neither arena nor anything that a step gives back."""
-    device.synchronize()
-    held = device.held_bytes()
-    if held is None:
-        return None
-    return held - (arena.resident_bytes() or 0)
 
 
 def _watch_outside(

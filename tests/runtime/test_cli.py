@@ -48,6 +48,20 @@ def test_the_answer_is_on_stdout_and_the_table_on_stderr(
     assert json.loads(record.read_text())["check"] is False
 
 
+def test_on_a_terminal_a_bar_runs_until_the_first_token(
+    ordinary: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(ordinary) == 0
+    plain = capsys.readouterr()
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert main(ordinary) == 0
+    out, err = capsys.readouterr()
+    assert out == plain.out
+    assert "vision/merger" in err
+    assert "decode/" not in err
+    assert "vision/merger" not in plain.err
+
+
 def test_quiet_leaves_the_answer_alone(
     ordinary: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

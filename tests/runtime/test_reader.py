@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -188,6 +189,32 @@ def test_a_step_and_a_copy_exclude_one_another_in_check_runs(streaming: Any) -> 
             assert len(device.read) == seen
         time.sleep(0.05)
         assert len(device.read) == 2
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_short_reads_are_continued_and_plain_reads_do_where_preadv_is_missing(
+    streaming: Any, monkeypatch: pytest.MonkeyPatch, plain: bool
+) -> None:
+    if plain:
+        monkeypatch.delattr(os, "preadv")
+    else:
+        real = os.preadv
+
+        def short(handle: int, views: list[memoryview], offset: int) -> int:
+            return real(handle, [views[0][:1000]], offset)
+
+        monkeypatch.setattr(os, "preadv", short)
+    device = CpuDevice()
+    arena = Arena(streaming.plan, device)
+    with Reader(streaming.plan, device, streaming.locations, decode_iterations=1) as reader:
+        assert execute(streaming.plan, arena, reader, 1) == [1, 2, 1, 2, 3, 4]
+    target = bytearray(9000)
+    files = Files()
+    view = memoryview(target)
+    files.read(streaming.path, 0, [view[5000:], view[:0], view[:5000]])
+    files.close()
+    stored = streaming.path.read_bytes()
+    assert bytes(target) == stored[4000:9000] + stored[:4000]
 
 
 def test_neighbours_in_a_file_are_read_together_up_to_the_limit() -> None:

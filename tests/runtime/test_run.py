@@ -20,6 +20,7 @@ from executor.cpu import CpuDevice
 from executor.device import Chunk, Files
 from executor.generate import Sampling
 from executor.image import open_image
+from executor.prepare import check_allocator
 from executor.prompt import build_prompt, load_tokenizer
 from executor.run import Request, run
 from planner.errors import (
@@ -291,6 +292,44 @@ def test_a_tensor_of_another_size_is_refused(tiny: Any) -> None:
     locations[name] = old._replace(size_bytes=old.size_bytes // 2, dtype="bfloat16")
     with pytest.raises(CheckpointError, match=name):
         run(tiny.plan(), tiny.request(locations=locations))
+
+
+@pytest.mark.parametrize(
+    ("allocator", "environment", "fits"),
+    [
+        ("native", {}, True),
+        ("native", {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, False),
+        (
+            "native",
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64, expandable_segments:True"},
+            False,
+        ),
+        ("expandable", {}, False),
+        ("expandable", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, True),
+    ],
+)
+def test_the_allocators_settings_must_be_the_plans(
+    allocator: str, environment: dict[str, str], fits: bool
+) -> None:
+    if fits:
+        check_allocator(allocator, environment)
+        return
+    with pytest.raises(PlanFileError, match=f"counts with the {allocator} allocator"):
+        check_allocator(allocator, environment)
+
+
+def test_the_tokenizer_is_read_once(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from executor import run as module
+
+    read: list[Path] = []
+
+    def load(path: Path) -> Any:
+        read.append(path)
+        return load_tokenizer(path)
+
+    monkeypatch.setattr(module, "load_tokenizer", load)
+    run(tiny.plan(), tiny.request())
+    assert read == [tiny.folder]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a card that is not there")
