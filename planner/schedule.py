@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from planner import buffers
@@ -105,6 +106,7 @@ class Program:
         return self.starts.get("decode", len(self.steps))
 
 
+@lru_cache(maxsize=4096)
 def spread(resident: int, total: int) -> frozenset[int]:
     """`resident` of `total` positions, evenly: between two residents lie equally many streamed units, give or take one."""
     return frozenset(

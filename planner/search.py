@@ -30,6 +30,8 @@ CLOSE = 1e-3  # a candidate that can gain less than this share is not built
 OUTSIDE_CAPS = (8 * MIB, 48 * MIB, 256 * MIB)  # of kernels' blocks outside the arena, on a card
 ROUNDS = 3  # each with a smaller allowance, by as much as the last round was over the budget
 
+_LAYER: tuple[Kind, Kind] = ("self_attn", "text_mlp")
+
 __all__ = ["Request", "build", "search"]
 
 
@@ -77,18 +79,36 @@ def build(request: Request, device: DeviceProfile, choice: Choice) -> Plan:
 class Candidate(NamedTuple):
     """A setting with seconds of its parts, and its bytes by the closed form.
 
-    `compute_s` and `copy_s` may overlap, in part (phases one after another) or wholly; `rest_s` is decode.
+    `compute_s` and `copy_s` may overlap, in part (phases one after another) or wholly; `rest_s` is decode. Through one
+    staging slot nothing is copied while what came through it computes: such compute and copies are `compute_s` both.
+    `moved_s` are all copies' seconds: of candidates with equal bounds, more copies hide less surely.
     """
 
     compute_s: float
     copy_s: float
     rest_s: float
+    moved_s: float
     bytes: int
-    choice: Choice
+    vision: Choice  # its vision part holds
+    text: Choice  # its other parts hold, and the depth
 
     @property
     def bound_s(self) -> float:
         return max(self.compute_s, self.copy_s) + self.rest_s
+
+    @property
+    def choice(self) -> Choice:
+        prompt = {
+            key: value
+            for key, value in self.text.tiles.model_dump().items()
+            if key.startswith(("prompt_", "vocabulary_"))
+        }
+        return replace(
+            self.text,
+            images_together=self.vision.images_together,
+            vision=self.vision.vision,
+            tiles=self.vision.tiles.model_copy(update=prompt),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +179,8 @@ def _fixed_bytes(problem: Problem, smallest: Evaluated) -> int:
     return smallest.bound_bytes - smallest.layout.height_bytes - outside
 
 
-def _rank(candidate: Candidate) -> tuple[float, float, int]:
-    return (candidate.bound_s, candidate.compute_s, candidate.bytes)
+def _rank(candidate: Candidate) -> tuple[float, float, float, int]:
+    return (candidate.bound_s, candidate.compute_s, candidate.moved_s, candidate.bytes)
 
 
 def _orders(problem: Problem, choice: Choice, best_s: float) -> Iterator[Evaluated]:
@@ -188,24 +208,14 @@ def _candidates(problem: Problem, allowance: int | None, cap: int | None) -> Ite
     visions = _vision_candidates(problem, allowance, cap)
     texts = _text_candidates(problem, allowance, cap)
     for vision, text in product(_shortest(visions), texts):
-        tiles = vision.choice.tiles.model_dump() | {
-            key: value
-            for key, value in text.choice.tiles.model_dump().items()
-            if key.startswith(("prompt_", "vocabulary_"))
-        }
-        choice = replace(
-            vision.choice,
-            prefill=text.choice.prefill,
-            decode=text.choice.decode,
-            depth=text.choice.depth,
-            tiles=Tiles.model_construct(**tiles),
-        )
         yield Candidate(
             vision.compute_s + text.compute_s,
             vision.copy_s + text.copy_s,
             text.rest_s,
+            vision.moved_s + text.moved_s,
             max(vision.bytes, text.bytes),
-            choice,
+            vision.vision,
+            text.text,
         )
 
 
@@ -213,7 +223,7 @@ def _shortest(visions: Sequence[Candidate]) -> list[Candidate]:
     """Of each vision residency and way of handling images, the shortest; the shortest few of these."""
     best: dict[tuple[bool, PhaseResidency], Candidate] = {}
     for candidate in visions:
-        key = (candidate.choice.images_together, candidate.choice.vision)
+        key = (candidate.vision.images_together, candidate.vision.vision)
         if key not in best or (candidate.bound_s, candidate.bytes) < (
             best[key].bound_s,
             best[key].bytes,
@@ -229,7 +239,7 @@ def _vision_candidates(problem: Problem, allowance: int | None, cap: int | None)
     nothing = PhaseResidency(0, 0)
     if not workload.images:
         choice = Choice("vision_then_llm", True, 1, nothing, nothing, nothing, START)
-        return [Candidate(0.0, 0.0, 0.0, 0, choice)]
+        return [Candidate(0.0, 0.0, 0.0, 0.0, 0, choice, choice)]
     sizes = problem.unit_sizes(model.text.vocabulary)
     stack = _Stack(shape.depth, sizes["visual/blocks.0.attn"], sizes["visual/blocks.0.mlp"])
     ends = sizes["visual/patch_embed"], sizes["visual/merger"]
@@ -267,8 +277,37 @@ def _vision_candidates(problem: Problem, allowance: int | None, cap: int | None)
                 choice = Choice(
                     "vision_then_llm", together, depth, residency, nothing, nothing, tiles
                 )
-                found.append(Candidate(point.seconds, copy_s, 0.0, held + point.bytes, choice))
+                compute_s = point.seconds
+                if streamed and depth == 1:
+                    serial = _blocks_compute(problem, groups, tiles, residency)
+                    copies = sum(streamed) * len(groups)
+                    serial += problem.costs.copy(copies, first=True, cached=False)
+                    compute_s = max(compute_s, serial)
+                size = held + point.bytes
+                found.append(Candidate(compute_s, copy_s, 0.0, copy_s, size, choice, choice))
     return found
+
+
+def _blocks_compute(
+    problem: Problem,
+    groups: Sequence[tuple[int, ...]],
+    tiles: Tiles,
+    residency: PhaseResidency,
+) -> float:
+    """At least so many seconds do the streamed blocks of the vision tower compute."""
+    depth, full = problem.model.vision.depth, len(problem.model.vision.full_attention_blocks)
+    seconds = 0.0
+    for group in groups:
+        window, whole, mlp = (
+            problem.seconds(kind, "vision", tiles, group, 0)
+            for kind in ("window_attn", "full_attn", "vision_mlp")
+        )
+        if residency.attn:
+            seconds += (depth - residency.attn) * min(window, whole)
+        else:
+            seconds += (depth - full) * window + full * whole
+        seconds += (depth - residency.mlp) * mlp
+    return seconds
 
 
 def _fastest(points: Sequence[Point], allowance: int | None, held: int) -> Point | None:
@@ -283,6 +322,13 @@ def _text_candidates(problem: Problem, allowance: int | None, cap: int | None) -
     model, workload = problem.model, problem.workload
     text, element = model.text, problem.costs.element
     points = prefill_front(problem, cap)
+    prompt_s = {
+        point.seconds: tuple(
+            problem.seconds(kind, "prefill", START.model_copy(update=point.tiles), (), 0)
+            for kind in _LAYER
+        )
+        for point in points
+    }
     cache = text.layers * kv_bytes(model, workload.context_tokens)
     x = workload.prompt_tokens * text.hidden * element
     repeats = workload.max_new_tokens - 1
@@ -297,8 +343,18 @@ def _text_candidates(problem: Problem, allowance: int | None, cap: int | None) -
         stack = _Stack(
             text.layers, sizes["text/layers.0.self_attn"], sizes["text/layers.0.mlp"], heads
         )
+        total = sum(sizes[u] for u in sizes if u.startswith("text/"))
+        bring = problem.costs.copy(total, first=True, cached=False)
+        tiles_of = {
+            point.seconds: START.model_copy(
+                update=point.tiles | {"vocabulary_rows": vocabulary_rows}
+            )
+            for point in points
+        }
+        blocks = [*[stack.attn, stack.mlp] * text.layers, *heads]
         tiny = text.vocabulary * element + 8 * text.hidden * element
         compute = _decode_compute(problem, vocabulary_rows, len(heads)) if repeats else 0.0
+        one = _decode_units(problem, vocabulary_rows)
         decode_held = cache + tiny + _decode_scratch(problem)
         prefill_held = cache + x + tiny
         for depth in (1, 2, 3):
@@ -310,19 +366,19 @@ def _text_candidates(problem: Problem, allowance: int | None, cap: int | None) -
                     residency, resident, streamed = decode
                     link = problem.costs.copy(streamed, first=False, cached=problem.cached)
                     per_token = max(compute, link)
+                    if depth == 1:
+                        left = text.layers - residency.attn, text.layers - mlp, len(heads) - head
+                        serial = sum(count * unit for count, unit in zip(left, one, strict=True))
+                        per_token = max(per_token, link + serial)
                     prefill = _prefill(
                         problem, stack, points, residency, depth, allowance, prefill_held
                     )
                     if prefill is None:
                         continue
                     point, first, missing, held = prefill
-                    total = sum(sizes[u] for u in sizes if u.startswith("text/"))
-                    bring = problem.costs.copy(total, first=True, cached=False)
                     grow = problem.costs.copy(missing, first=False, cached=problem.cached)
                     rest = (grow if repeats else 0.0) + repeats * per_token
-                    tiles = START.model_copy(
-                        update=point.tiles | {"vocabulary_rows": vocabulary_rows}
-                    )
+                    rest_copies = (grow if repeats else 0.0) + repeats * link
                     choice = Choice(
                         "vision_then_llm",
                         True,
@@ -330,10 +386,19 @@ def _text_candidates(problem: Problem, allowance: int | None, cap: int | None) -
                         PhaseResidency(0, 0),
                         first,
                         residency if repeats else first,
-                        tiles,
+                        tiles_of[point.seconds],
                     )
                     size = max(held + point.bytes, decode_held + resident)
-                    found.append(Candidate(point.seconds, bring, rest, size, choice))
+                    compute_s = point.seconds
+                    if depth == 1:
+                        kept = first.attn * stack.attn + first.mlp * stack.mlp
+                        kept += sum(sorted(heads)[len(heads) - first.head :])
+                        serial = problem.costs.copy(sum(blocks) - kept, first=True, cached=False)
+                        attn_s, mlp_s = prompt_s[point.seconds]
+                        serial += (text.layers - first.attn) * attn_s
+                        compute_s = max(compute_s, serial + (text.layers - first.mlp) * mlp_s)
+                    moved = bring + rest_copies
+                    found.append(Candidate(compute_s, bring, rest, moved, size, choice, choice))
     return found
 
 
@@ -349,9 +414,15 @@ def _decode_compute(problem: Problem, vocabulary_rows: int, heads: int) -> float
     )
 
 
+def _decode_units(problem: Problem, vocabulary_rows: int) -> tuple[float, float, float]:
+    """Seconds of one attention unit, one MLP unit and one (at least) lm_head tile in decode."""
+    attn, mlp = (problem.seconds(kind, "decode", START, (), 0) for kind in _LAYER)
+    rest = problem.model.text.vocabulary % vocabulary_rows or vocabulary_rows
+    return attn, mlp, problem.seconds("lm_head", "decode", START, (), rest)
+
+
 def _decode_scratch(problem: Problem) -> int:
-    kinds: tuple[Kind, ...] = ("self_attn", "text_mlp")
-    return max(problem.transient(kind, "decode", START, ())[0] for kind in kinds)
+    return max(problem.transient(kind, "decode", START, ())[0] for kind in _LAYER)
 
 
 def _largest_attn(
