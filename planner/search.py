@@ -32,7 +32,7 @@ ROUNDS = 3  # each with a smaller allowance, by as much as the last round was ov
 
 _LAYER: tuple[Kind, Kind] = ("self_attn", "text_mlp")
 
-__all__ = ["Request", "build", "search"]
+__all__ = ["Request", "build", "search", "usual_way"]
 
 
 def search(request: Request, device: DeviceProfile) -> Plan:
@@ -63,6 +63,35 @@ def build(request: Request, device: DeviceProfile, choice: Choice) -> Plan:
             f"the budget is {format_gib(request.budget_bytes)}",
             smallest_bytes=found.bound_bytes,
         )
+    return assemble(
+        problem,
+        found,
+        lower_bound=found.seconds,
+        candidates=1,
+        smallest_bytes=found.bound_bytes,
+        variants=(),
+    )
+
+
+def usual_way(request: Request, device: DeviceProfile) -> Plan:
+    """The same request with every weight resident from the start (SUM) and no row tiles, whether it fits the budget or not; to compare with."""
+    problem = Problem(request, device)
+    model, everything = problem.model, 2**30
+    tiles = Tiles(
+        patch_rows=everything,
+        window_rows=everything,
+        query_rows=everything,
+        query_heads=model.vision.heads,
+        vision_mlp_rows=everything,
+        merger_rows=everything,
+        prompt_rows=everything,
+        prompt_heads=model.text.kv_heads,
+        prompt_mlp_rows=everything,
+        vocabulary_rows=model.text.vocabulary,
+    )
+    vision = PhaseResidency(model.vision.depth, model.vision.depth)
+    text = PhaseResidency(model.text.layers, model.text.layers, 1)
+    found = evaluate(problem, Choice("all_first", True, 1, vision, text, text, tiles))
     return assemble(
         problem,
         found,
