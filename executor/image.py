@@ -179,8 +179,9 @@ def open_image(path: Path, image: Image) -> PixelSource:
 
     Alpha is laid on white, EXIF orientation applied, 16 bits become the upper 8. Bicubic as Pillow resizes (transformers'
     PIL backend), bit for bit, but in strips: host memory at its peak is 4 bytes per source pixel (decoded) plus
-    3 * width * source height (rows already resized horizontally) plus 2 MiB; the decoded image is closed before the
-    vertical pass, which works in place. Afterwards 3 bytes per pixel of the resized image remain.
+    3 * width * source height (rows already resized horizontally; 3 * source width * height, much the same, where Pillow
+    begins with the other pass) plus 2 MiB; the decoded image is closed before the second pass, which works in place.
+    Afterwards 3 bytes per pixel of the resized image remain.
     """
     from PIL import Image as Pillow
     from PIL import UnidentifiedImageError
@@ -198,8 +199,11 @@ def open_image(path: Path, image: Image) -> PixelSource:
                         f"{path}: the plan is for an image of {wanted[0]}x{wanted[1]} pixels, this one has "
                         f"{found[0]}x{found[1]}; make a plan for this image"
                     )
+                _check_mode(path, picture)
                 picture.load()
-                array = _resize_horizontally(path, picture, orientation, image)
+                columns_first = _columns_first(image)
+                first_pass = _columns_of_file if columns_first else _rows_of_file
+                array = first_pass(picture, orientation, image)
     except UnidentifiedImageError:
         raise ImageError(
             f"{path}: not an image that Pillow can read; convert it to JPEG or PNG"
@@ -213,47 +217,82 @@ def open_image(path: Path, image: Image) -> PixelSource:
         raise ImageError(
             f"{path}: damaged or cut short ({error}); wanted a whole image file, get it again"
         ) from None
-    _resize_vertically(array, image)
+    (_resize_rows if columns_first else _resize_columns)(array, image)
     # shrinks where it lies (mremap); nobody else holds it yet
     array.resize((image.height_px, image.width_px, 3), refcheck=False)
     return PixelSource(array, image)
 
 
-def _resize_horizontally(path: Path, picture: PillowImage, orientation: int, image: Image) -> UInt8:
+def _columns_first(image: Image) -> bool:
+    """Whether Pillow's resize runs its vertical pass first. Bytes are rounded between the passes, so the order shows.
+
+    From version 13 on it does where the height loses more than twice as many pixels as the width; before, never.
+    Source: src/libImaging/Resample.c, `horizontal_first`; python-pillow/Pillow#9549.
+    """
+    from PIL import __version__
+
+    lost_rows = image.source_height_px - image.height_px
+    lost_cols = image.source_width_px - image.width_px
+    return int(__version__.partition(".")[0]) >= 13 and lost_rows > max(0, 2 * lost_cols)
+
+
+def _rows_of_file(picture: PillowImage, orientation: int, image: Image) -> UInt8:
     """Upright rows of the source at the final width, (max(source height, height), width, 3).
 
-    Pillow's resize is a horizontal and then a vertical pass with rows rounded to bytes between them, so that bands of
-    rows, and strips of columns, give the same bits as the whole.
+    A pass works on each row, or each column, by itself, so that bands of rows and strips of columns give the same bits
+    as the whole.
     """
     from PIL import Image as Pillow
 
-    _check_mode(path, picture)
     height = image.source_height_px
     array = np.empty((max(height, image.height_px), image.width_px, 3), dtype=np.uint8)
     band_rows = max(1, STRIP_PIXELS // max(image.source_width_px, image.width_px))
-    stored_width, stored_height = picture.size
     for start in range(0, height, band_rows):
         stop = min(start + band_rows, height)
-        # where rows [start, stop) of the upright image are stored
-        if orientation in (1, 2):
-            box = (0, start, stored_width, stop)
-        elif orientation in (3, 4):
-            box = (0, stored_height - stop, stored_width, stored_height - start)
-        elif orientation in (5, 6):
-            box = (start, 0, stop, stored_height)
-        else:
-            box = (stored_width - stop, 0, stored_width - start, stored_height)
-        band = _to_rgb(picture.crop(box))
-        turn = _TURNS.get(orientation)
-        if turn is not None:
-            band = band.transpose(turn)
+        band = _upright(picture, orientation, (0, start, image.source_width_px, stop))
         array[start:stop] = np.asarray(
             band.resize((image.width_px, stop - start), Pillow.Resampling.BICUBIC)
         )
     return array
 
 
-def _resize_vertically(array: UInt8, image: Image) -> None:
+def _columns_of_file(picture: PillowImage, orientation: int, image: Image) -> UInt8:
+    """Upright columns of the source at the final height, (height, max(source width, width), 3)."""
+    from PIL import Image as Pillow
+
+    width = image.source_width_px
+    array = np.empty((image.height_px, max(width, image.width_px), 3), dtype=np.uint8)
+    strip_cols = max(1, STRIP_PIXELS // max(image.source_height_px, image.height_px))
+    for start in range(0, width, strip_cols):
+        stop = min(start + strip_cols, width)
+        strip = _upright(picture, orientation, (start, 0, stop, image.source_height_px))
+        array[:, start:stop] = np.asarray(
+            strip.resize((stop - start, image.height_px), Pillow.Resampling.BICUBIC)
+        )
+    return array
+
+
+def _upright(picture: PillowImage, orientation: int, box: tuple[int, int, int, int]) -> PillowImage:
+    """The part (left, top, right, bottom) of the picture as it is meant to be seen, as RGB."""
+    left, top, right, bottom = box
+    width, height = picture.size
+    # where the part is stored, by EXIF orientation
+    stored = {
+        1: (left, top, right, bottom),
+        2: (width - right, top, width - left, bottom),
+        3: (width - right, height - bottom, width - left, height - top),
+        4: (left, height - bottom, right, height - top),
+        5: (top, left, bottom, right),
+        6: (top, height - right, bottom, height - left),
+        7: (width - bottom, height - right, width - top, height - left),
+        8: (width - bottom, left, width - top, right),
+    }
+    part = _to_rgb(picture.crop(stored[orientation]))
+    turn = _TURNS.get(orientation)
+    return part if turn is None else part.transpose(turn)
+
+
+def _resize_columns(array: UInt8, image: Image) -> None:
     """Resize the columns of `array` from the source's height to the image's, strip by strip, in place."""
     from PIL import Image as Pillow
 
@@ -267,6 +306,22 @@ def _resize_vertically(array: UInt8, image: Image) -> None:
         resized = strip.resize((stop - start, image.height_px), Pillow.Resampling.BICUBIC)
         del strip
         array[: image.height_px, start:stop] = np.asarray(resized)
+
+
+def _resize_rows(array: UInt8, image: Image) -> None:
+    """Resize the rows of `array` from the source's width to the image's, band by band, in place, and close them up."""
+    from PIL import Image as Pillow
+
+    width, flat = image.source_width_px, array.reshape(-1)
+    band_rows = max(1, STRIP_PIXELS // max(width, image.width_px))
+    row_bytes = 3 * image.width_px
+    for start in range(0, image.height_px, band_rows):
+        stop = min(start + band_rows, image.height_px)
+        band = Pillow.fromarray(np.ascontiguousarray(array[start:stop, :width]))
+        resized = band.resize((image.width_px, stop - start), Pillow.Resampling.BICUBIC)
+        del band
+        # never beyond the rows just read: these lie at least as far apart
+        flat[start * row_bytes : stop * row_bytes] = np.asarray(resized).reshape(-1)
 
 
 # EXIF orientation -> Pillow's Transpose, as in PIL.ImageOps.exif_transpose
