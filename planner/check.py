@@ -29,15 +29,47 @@ class Transfer(NamedTuple):
 
 def check(plan: Plan) -> list[str]:
     """Everything wrong with a plan, as sentences; empty where it holds."""
+    unnamed = _name_problems(plan)
+    if unnamed:
+        return unnamed  # nothing else can be looked up
     buffers = {buffer.name: buffer for buffer in plan.buffers}
     order = _unroll(plan)
     problems = _shape_problems(plan, buffers)
     transfers, missing = _transfers(plan, order)
     problems += missing
     problems += _deadlocks(plan, order)
-    problems += _content_problems(plan, buffers, order, transfers)
+    problems += _content_problems(order, transfers)
     problems += _overlaps(buffers, order, transfers)
     problems += _peak_problems(plan)
+    return problems
+
+
+def _name_problems(plan: Plan) -> list[str]:
+    """Names that stand for two things or for none."""
+    buffers, units = {b.name for b in plan.buffers}, {u.id for u in plan.units}
+    steps, copies = {s.id for s in plan.steps}, {c.id for c in plan.copies}
+    problems = []
+    for known, entries in (
+        (buffers, plan.buffers),
+        (units, plan.units),
+        (steps, plan.steps),
+        (copies, plan.copies),
+    ):
+        if len(known) != len(entries):
+            problems.append("a buffer, unit, step or copy is named twice")
+    for step in plan.steps:
+        used = {*step.reads, *step.writes, *([step.weights] if step.weights else [])}
+        problems += [f"{step.id}: {name} is no buffer" for name in sorted(used - buffers)]
+        problems += [f"{step.id}: {name} is no copy" for name in step.waits if name not in copies]
+        if step.unit is not None and step.unit not in units:
+            problems.append(f"{step.id}: {step.unit} is no unit")
+    for copy in plan.copies:
+        if copy.buffer not in buffers or copy.unit not in units:
+            problems.append(
+                f"{copy.id}: {copy.unit} into {copy.buffer}: one of them does not exist"
+            )
+        if copy.after is not None and copy.after not in steps:
+            problems.append(f"{copy.id}: {copy.after} is no step")
     return problems
 
 
@@ -98,9 +130,7 @@ def _transfers(plan: Plan, order: list[Occurrence]) -> tuple[list[Transfer], lis
     for index, occurrence in enumerate(order):
         for waited in occurrence.step.waits:
             needs.setdefault(waited, []).append(index)
-    known = {copy.id for copy in plan.copies}
-    problems = [f"a step waits for {name}, which is no copy" for name in needs if name not in known]
-    transfers = []
+    problems, transfers = [], []
     for copy in plan.copies:
         needed = needs.get(copy.id, [])
         if not needed:
@@ -169,9 +199,7 @@ def _in_loop(plan: Plan, step_id: str | None) -> bool:
     return step_id is not None and step_id.startswith("decode/")
 
 
-def _content_problems(
-    plan: Plan, buffers: dict[str, Buffer], order: list[Occurrence], transfers: list[Transfer]
-) -> list[str]:
+def _content_problems(order: list[Occurrence], transfers: list[Transfer]) -> list[str]:
     """Every read after its write; every weight read finds its own unit, waited for."""
     problems = []
     arrivals: dict[int, list[Transfer]] = {}
@@ -187,9 +215,6 @@ def _content_problems(
             problems.append(f"{step.id}: wants {step.unit} in {step.weights}, which holds {found}")
         problems += [
             f"{step.id}: reads {b} before it is written" for b in step.reads if b not in written
-        ]
-        problems += [
-            f"{step.id}: {b} is no buffer" for b in (*step.reads, *step.writes) if b not in buffers
         ]
         written.update(step.writes)
     return problems

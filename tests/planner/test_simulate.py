@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from planner.allocator import CachingAllocator
+from planner.plan import Outside
+from planner.schedule import PhaseResidency, Program, program
+from planner.simulate import Ranges, peak_bytes, queue_order, reserved_bytes, timeline
+from planner.template import unit_sizes
+from planner.units import MIB
+
+# --- seconds --------------------------------------------------------------------------------------------------------
+
+
+def slow_seconds(made: Program, step_seconds: list[float], copy_seconds: dict[str, float]) -> float:
+    """When the last step ends, with both queues written out, the loop unrolled, and heads of queues tried in turn."""
+    loop = range(made.decode_start, len(made.steps))
+    steps = [(i, 0) for i in range(made.decode_start)]
+    copies = [(c, 0) for c in made.copies if c.phase != "decode"]
+    for iteration in range(made.decode_repeats):
+        steps += [(i, iteration) for i in loop]
+        copies += [
+            (c, iteration)
+            for c in made.copies
+            if c.phase == "decode" and not (c.once and iteration)
+        ]
+    step_end: dict[tuple[int, int], float] = {}
+    copy_end: dict[tuple[str, int], float] = {}
+    by_id = {copy.id: copy for copy in made.copies}
+    compute = copying = 0.0
+    while steps or copies:
+        moved = False
+        if copies:
+            copy, iteration = copies[0]
+            after: tuple[int, int] | None = (copy.after, iteration)
+            if copy.wraps:
+                after = (copy.after, iteration - 1) if iteration else (made.decode_start - 1, 0)
+            elif copy.after < made.decode_start:
+                after = (copy.after, 0) if copy.after >= 0 else None
+            if after is None or after in step_end:
+                ready = step_end[after] if after else 0.0
+                copying = max(copying, ready) + copy_seconds[copy.id]
+                copy_end[copy.id, iteration] = copying
+                copies.pop(0)
+                moved = True
+        if steps:
+            index, iteration = steps[0]
+            waited = []
+            for name in made.steps[index].waits:
+                copy = by_id[name]
+                waited.append((name, 0 if copy.once or copy.phase != "decode" else iteration))
+            if all(key in copy_end for key in waited):
+                start = max([compute, *(copy_end[key] for key in waited)])
+                compute = start + step_seconds[index]
+                step_end[index, iteration] = compute
+                steps.pop(0)
+                moved = True
+        assert moved, "deadlock"
+    return compute
+
+
+def drawn(kit: Any, draw: random.Random, new: int) -> tuple[Program, list[float], dict[str, float]]:
+    """A program of random levers with random seconds."""
+    checkpoint = kit.tiny()
+    decode = PhaseResidency(draw.randint(0, 4), draw.randint(0, 4), draw.randint(0, 3))
+    prefill = PhaseResidency(
+        draw.randint(0, decode.attn), draw.randint(0, decode.mlp), draw.randint(0, decode.head)
+    )
+    choice = kit.choice(
+        order=draw.choice(["all_first", "vision_then_llm"]),
+        images_together=draw.random() < 0.5,
+        depth=draw.randint(1, 3),
+        vision=PhaseResidency(draw.randint(0, 4), draw.randint(0, 4)),
+        prefill=prefill,
+        decode=decode if new > 1 else prefill,
+    )
+    workload = kit.workload([(336, 252)] * draw.randint(1, 2), new=new)
+    made = program(choice, checkpoint.shape, workload, unit_sizes(checkpoint.shape, 256))
+    step_seconds = [draw.uniform(0, 2) for _ in made.steps]
+    copy_seconds = {copy.id: draw.uniform(0, 2) for copy in made.copies}
+    patient = draw.random() < 0.5
+    ordered = queue_order(made, step_seconds, copy_seconds, patient=patient)
+    assert sorted(c.id for c in ordered) == sorted(c.id for c in made.copies)
+    return replace(made, copies=ordered), step_seconds, copy_seconds
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_timeline_is_that_of_two_queues_run_event_by_event(kit: Any, seed: int) -> None:
+    draw = random.Random(seed)
+    made, steps, copies = drawn(kit, draw, new=draw.randint(1, 3))
+    assert timeline(made, steps, copies).seconds == pytest.approx(slow_seconds(made, steps, copies))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_long_loop_repeats_its_steady_period(kit: Any, seed: int) -> None:
+    made, steps, copies = drawn(kit, random.Random(seed), new=30)
+    found = timeline(made, steps, copies).seconds
+    assert found == pytest.approx(slow_seconds(made, steps, copies), rel=0.005)
+
+
+def test_phases_add_up_to_the_whole(kit: Any) -> None:
+    made, steps, copies = drawn(kit, random.Random(3), new=5)
+    found = timeline(made, steps, copies)
+    assert sum(phase.seconds for phase in found.phases.values()) == pytest.approx(found.seconds)
+    assert list(found.phases) == ["vision", "prefill", "decode"]
+
+
+# --- bytes ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=15))
+def test_ranges_hold_the_bytes_a_set_would_hold(spans: list[tuple[int, int]]) -> None:
+    ranges, slow = Ranges(), set()
+    for start, length in spans:
+        ranges.add(start, start + length)
+        slow.update(range(start, start + length))
+        assert ranges.total == len(slow)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=8),
+    st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=8),
+)
+def test_ranges_are_cut_as_a_set_is_intersected(
+    spans: list[tuple[int, int]], kept: list[tuple[int, int]]
+) -> None:
+    ranges = Ranges([(start, start + length) for start, length in spans])
+    slow = {i for start, length in spans for i in range(start, start + length)}
+    keep = {i for start, length in kept for i in range(start, start + length)}
+    cut = ranges.only([(start, start + length) for start, length in kept])
+    assert cut.total == len(slow & keep)
+
+
+def block(size: int, birth: int, death: int) -> Outside:
+    return Outside(name="block", size_bytes=size, birth=birth, death=death)
+
+
+def test_blocks_outside_the_arena_count_while_they_are_alive_together() -> None:
+    assert peak_bytes(()) == 0
+    assert peak_bytes((block(5, 0, 2), block(7, 2, 3), block(3, 1, 3))) == 10
+
+
+def test_a_small_request_takes_a_segment_of_two_mebibytes() -> None:
+    allocator = CachingAllocator()
+    allocator.malloc(1)
+    assert allocator.reserved_bytes == 2 * MIB
+    allocator.malloc(MIB)
+    assert allocator.reserved_bytes == 2 * MIB
+
+
+def test_a_medium_request_takes_twenty_mebibytes_and_a_large_one_its_own_size_rounded_up() -> None:
+    allocator = CachingAllocator()
+    allocator.malloc(MIB + 1)
+    assert allocator.reserved_bytes == 20 * MIB
+    allocator.malloc(20 * MIB + 1)
+    assert allocator.reserved_bytes == (20 + 22) * MIB
+
+
+def test_a_freed_large_block_serves_a_smaller_request() -> None:
+    allocator = CachingAllocator()
+    allocator.release(allocator.malloc(40 * MIB))
+    allocator.malloc(24 * MIB)
+    allocator.malloc(16 * MIB)
+    assert allocator.reserved_bytes == 40 * MIB
+
+
+def test_neighbours_that_are_free_become_one_block() -> None:
+    allocator = CachingAllocator()
+    first, second = allocator.malloc(8 * MIB), allocator.malloc(8 * MIB)
+    assert allocator.reserved_bytes == 20 * MIB
+    allocator.release(first)
+    allocator.release(second)
+    allocator.malloc(20 * MIB)
+    assert allocator.reserved_bytes == 20 * MIB
+
+
+def test_reserved_bytes_hold_arena_workspaces_and_the_largest_sum_of_blocks() -> None:
+    outside = [(block(30 * MIB, 0, 2), block(10 * MIB, 1, 2)), (block(25 * MIB, 0, 1),)]
+    assert reserved_bytes(1024 * MIB, (32 * MIB, 0), outside) == (1024 + 32 + 40 + 2) * MIB
