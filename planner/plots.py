@@ -1,0 +1,188 @@
+"""Pictures of plans: where the memory goes, step by step. matplotlib is imported only when one is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from planner.plan import Buffer, Plan
+from planner.units import GIB, format_gib
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# the report's words
+CONTEXT, KERNELS, ALLOCATOR, VISION, LLM, STAGING, CACHE, RESIDUAL, TILE, HOST, REST = (
+    "context",
+    "kernels' own blocks",
+    "library workspaces and kernels' blocks",
+    "vision weights",
+    "LLM weights",
+    "staging of streamed weights",
+    "KV cache",
+    "residual streams",
+    "activations of a tile",
+    "images on the host",
+    "rest of the arena",
+)
+BOUND, BUDGET = "bound", "budget"
+# bottom to top; Okabe and Ito 2008, https://jfly.uni-koeln.de/color/, and greys for what no lever moves
+COLOURS = {
+    CONTEXT: "#7f7f7f",
+    KERNELS: "#b3b3b3",
+    ALLOCATOR: "#b3b3b3",
+    LLM: "#0072B2",
+    VISION: "#56B4E9",
+    STAGING: "#E69F00",
+    CACHE: "#D55E00",
+    RESIDUAL: "#009E73",
+    TILE: "#F0E442",
+    HOST: "#CC79A7",
+    REST: "#ececec",
+}
+_KINDS = {"staging": STAGING, "kv_cache": CACHE, "residual": RESIDUAL, "scratch": TILE}
+_WIDTH, _HEIGHT = 6.4, 4.6  # inches of one picture
+_NARROW = 3.3  # inches of one of several
+_DPI = 100
+_FONT = 11  # points; legible at half the width
+
+
+def kind(buffer: Buffer) -> str:
+    """What the buffer is called in a legend; weights by the stage that they belong to."""
+    if buffer.kind == "weights":
+        return VISION if buffer.name.startswith("weights/visual/") else LLM
+    return _KINDS[buffer.kind]
+
+
+def device_bytes(plan: Plan) -> dict[str, list[int]]:
+    """Device bytes of each step by kind, bottom of the stack first; at each step they add up to the step's expected bytes.
+
+    Arena bytes that are alive but not on the device yet (rows of the KV cache that only decode writes, on the CPU) are
+    taken off the KV cache. Kinds that the plan has nothing of are left out.
+    """
+    steps = plan.steps
+    stack = {name: [0] * len(steps) for name in COLOURS}
+    for buffer in plan.buffers:
+        row = stack[kind(buffer)]
+        for birth, death in buffer.lifetimes:
+            for index in range(birth, death):
+                row[index] += buffer.size_bytes
+    for index, step in enumerate(steps):
+        rest = step.resident_bytes - step.live_bytes
+        stack[REST][index] = max(rest, 0)
+        stack[CACHE][index] += min(rest, 0)
+        stack[CONTEXT][index] = plan.device.context_bytes
+        stack[HOST][index] = step.host_bytes
+        # a card's allocator keeps the largest step's blocks for the whole run; on the CPU a step has its own
+        outside = KERNELS if plan.device.kind == "cpu" else ALLOCATOR
+        known = plan.device.context_bytes + step.resident_bytes + step.host_bytes
+        stack[outside][index] = step.expected_bytes - known
+    return {name: row for name, row in stack.items() if any(row)}
+
+
+def lifetimes(plan: Plan) -> Figure:
+    """What the device holds at each step, by kind, under the lines of the budget and of the bound."""
+    return compare({"": plan})
+
+
+def compare(plans: Mapping[str, Plan]) -> Figure:
+    """`lifetimes` of several plans side by side, with one scale of bytes; each under its title."""
+    figure, row = _figure(len(plans))
+    handles: dict[str, Any] = {}
+    for axes, (title, plan) in zip(row, plans.items(), strict=True):
+        handles |= _draw_stack(axes, plan)
+        _draw_phases(axes, plan, f"{title}\n{_verdict(plan)}" if title else _verdict(plan))
+    row[0].set_ylabel("GiB on the device", fontsize=_FONT)
+    tops = [max(p.prediction.bound_peak_bytes, p.device.budget_bytes or 0) for p in plans.values()]
+    row[0].set_ylim(0, 1.06 * max(tops) / GIB)
+    _legend(figure, handles)
+    return figure
+
+
+def offsets(plan: Plan) -> Figure:
+    """The arena: each buffer a rectangle, its lifetime wide and its size high, at its offset."""
+    from matplotlib.patches import Rectangle
+
+    figure, (axes,) = _figure(1)
+    handles: dict[str, Any] = {}
+    for buffer in plan.buffers:
+        name = kind(buffer)
+        for birth, death in buffer.lifetimes:
+            corner = (birth, buffer.offset_bytes / GIB)
+            size = (death - birth, buffer.size_bytes / GIB)
+            rectangle = Rectangle(corner, *size, facecolor=COLOURS[name], linewidth=0)
+            handles.setdefault(name, axes.add_patch(rectangle))
+    _draw_phases(axes, plan, f"arena of {format_gib(plan.prediction.arena_bytes)}")
+    axes.set_ylabel("offset in the arena, GiB", fontsize=_FONT)
+    axes.set_ylim(0, plan.prediction.arena_bytes / GIB)
+    _legend(figure, handles)
+    return figure
+
+
+def _figure(count: int) -> tuple[Figure, Sequence[Axes]]:
+    from matplotlib.figure import Figure
+
+    size = max(_WIDTH, _NARROW * count), _HEIGHT
+    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
+    return figure, figure.subplots(1, count, sharey=True, squeeze=False)[0]
+
+
+def _verdict(plan: Plan) -> str:
+    bound, budget = plan.prediction.bound_peak_bytes, plan.device.budget_bytes
+    fits = "" if budget is None else ", fits" if bound <= budget else ", does not fit"
+    return f"at most {format_gib(bound)}{fits}"
+
+
+def _draw_stack(axes: Axes, plan: Plan) -> dict[str, Any]:
+    """Areas and lines; their handles by name, for a legend."""
+    handles: dict[str, Any] = {}
+    edges = range(len(plan.steps) + 1)
+    below = [0.0] * len(edges)
+    for name, row in device_bytes(plan).items():
+        # a step is as wide as one; the last value is drawn up to the right edge
+        above = [b + size / GIB for b, size in zip(below, [*row, row[-1]], strict=True)]
+        handles[name] = axes.fill_between(
+            edges, below, above, step="post", facecolor=COLOURS[name], linewidth=0
+        )
+        below = above
+    bound = plan.prediction.bound_peak_bytes / GIB
+    handles[BOUND] = axes.axhline(bound, color="black", linewidth=1.2, linestyle=":")
+    if plan.device.budget_bytes is not None:
+        budget = plan.device.budget_bytes / GIB
+        handles[BUDGET] = axes.axhline(budget, color="black", linewidth=1.6, linestyle="--")
+    return handles
+
+
+def _draw_phases(axes: Axes, plan: Plan, title: str) -> None:
+    """Marks between phases, their names under the axis, and the title."""
+    middles, names, start = [], [], 0
+    for phase, group in groupby(plan.steps, key=lambda step: step.phase):
+        stop = start + sum(1 for _ in group)
+        if start:
+            axes.axvline(start, color="black", linewidth=0.8)
+        middles.append((start + stop) / 2)
+        names.append(
+            f"decode \N{MULTIPLICATION SIGN}{plan.decode_repeats}" if phase == "decode" else phase
+        )
+        start = stop
+    axes.set_xlim(0, len(plan.steps))
+    axes.set_xticks(middles, names)
+    axes.set_xlabel(f"{len(plan.steps)} steps", fontsize=_FONT)
+    axes.tick_params(axis="x", length=0)
+    axes.tick_params(labelsize=_FONT)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, loc="left", fontsize=_FONT)
+
+
+def _legend(figure: Figure, handles: Mapping[str, Any]) -> None:
+    names = [name for name in (*COLOURS, BOUND, BUDGET) if name in handles]
+    figure.legend(
+        [handles[name] for name in names],
+        names,
+        loc="outside lower center",
+        ncols=2 if len(figure.axes) == 1 else 4,
+        frameon=False,
+        fontsize=_FONT,
+    )
