@@ -72,7 +72,7 @@ def test_small_instances_pack_as_low_as_trying_every_order() -> None:
     for _ in range(150):
         count = draw.randint(2, 6)
         sizes = {str(i): draw.randint(1, 8) * UNIT for i in range(count)}
-        lives = {}
+        lives: Spans = {}
         for name in sizes:
             birth = draw.randint(0, 8)
             lives[name] = ((birth, birth + draw.randint(1, 5)),)

@@ -116,7 +116,8 @@ def test_phases_add_up_to_the_whole(kit: Any) -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=15))
 def test_ranges_hold_the_bytes_a_set_would_hold(spans: list[tuple[int, int]]) -> None:
-    ranges, slow = Ranges(), set()
+    ranges = Ranges()
+    slow: set[int] = set()
     for start, length in spans:
         ranges.add(start, start + length)
         slow.update(range(start, start + length))
