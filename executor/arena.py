@@ -167,7 +167,19 @@ def check_places(plan: Plan) -> None:
                 view.shape,
             )
     item_bytes = DTYPE_BYTES[plan.model.dtype]
+    # an unknown name would be waited for without end
+    steps, copies = {step.id for step in plan.steps}, {copy.id for copy in plan.copies}
+    for copy in plan.copies:
+        if copy.after is not None and copy.after not in steps:
+            raise PlanFileError(
+                f"{copy.id}: comes after step {copy.after}, which the plan lacks; make the plan anew"
+            )
     for step in plan.steps:
+        for name in step.waits:
+            if name not in copies:
+                raise PlanFileError(
+                    f"step {step.id}: waits for {name}, which the plan lacks; make the plan anew"
+                )
         for name in (*step.reads, *step.writes, *([step.weights] if step.weights else [])):
             if name not in buffers:
                 raise PlanFileError(
