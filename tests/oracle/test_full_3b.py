@@ -64,15 +64,26 @@ from planner.spec import read_checkpoint
 
 asked = json.loads(sys.argv[1])
 plan, checkpoint = Plan.load(Path(asked["plan"])), read_checkpoint(Path(asked["folder"]))
+budget, refused = plan.device.budget_bytes, []
+
+def status(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+def ask_for_more(step):
+    if step == "prefill/norm" and budget is not None:
+        try:
+            bytearray(budget - status("VmRSS") + 64 * 2**20)
+        except MemoryError:
+            refused.append(step)
+
 result = run(plan, Request(
     locations=checkpoint.tensors, images=[Path(asked["image"])], prompt=asked["prompt"],
     tokenizer=checkpoint.tokenizer_json, fingerprint=checkpoint.shape.fingerprint, stop=(),
-    sampling=Sampling(), limit_data=plan.device.budget_bytes is not None,
+    sampling=Sampling(), limit_data=budget is not None, on_step=ask_for_more,
     save_outputs=Path(asked["outputs"]),
 ))
-status = Path("/proc/self/status").read_text()
-peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-print(json.dumps({"tokens": result.tokens, "peak_bytes": peak}))
+print(json.dumps({"tokens": result.tokens, "peak_bytes": status("VmHWM"), "refused": refused}))
 """
 
 THEIRS = """
@@ -109,10 +120,13 @@ for attention in ("sdpa", "eager"):
     model.set_attn_implementation(attention)
     assert model.model.visual.config._attn_implementation == attention
     with torch.inference_mode():
+        pixels = made["pixel_values"].bfloat16()
+        encoded = model.get_image_features(pixels, made["image_grid_thw"]).pooler_output
+        rows[f"{attention} features"] = torch.cat(list(encoded)).float()
         found = model.generate(
             input_ids=row, attention_mask=torch.ones_like(row),
             mm_token_type_ids=(row == shape.token_ids.image).int(),
-            pixel_values=made["pixel_values"].bfloat16(), image_grid_thw=made["image_grid_thw"],
+            pixel_values=pixels, image_grid_thw=made["image_grid_thw"],
             max_new_tokens=len(tokens), do_sample=False, temperature=None, repetition_penalty=1.0,
             eos_token_id=None, pad_token_id=0, logits_processor=[choose], output_logits=True,
             return_dict_in_generate=True,
@@ -180,24 +194,29 @@ def test_a_4_gigabyte_budget_gives_the_tokens_of_no_budget_and_is_kept(
     assert free["tiles"] == tight["tiles"]
     assert tight["tokens"] == free["tokens"]
     assert tight["peak_bytes"] < budget < free["peak_bytes"]
+    assert tight["refused"]  # the system itself would not have given more than the budget
     bits = [load_file(tmp_path / name)["logits"] for name in ("tight", "free")]
     assert torch.equal(*bits)
 
 
-def test_logits_are_within_transformers_own_spread(folder: str, tmp_path: Path) -> None:
+def test_features_and_logits_are_within_transformers_own_spread(
+    folder: str, tmp_path: Path
+) -> None:
     asked = {"folder": folder, "image": photograph(tmp_path, 448), "prompt": PROMPT}
     answer = ours(tmp_path / "ours", **asked, new_tokens=8)
     in_a_process(THEIRS, **asked, tokens=answer["tokens"], outputs=str(tmp_path / "theirs"))
-    rows = load_file(tmp_path / "ours")["logits"].float()
-    theirs = load_file(tmp_path / "theirs")
+    saved, theirs = load_file(tmp_path / "ours"), load_file(tmp_path / "theirs")
     # two bfloat16 results stand apart by the noise of both; a float32 reference would take 28 GB
-    spread = (theirs["eager"] - theirs["sdpa"]).norm()
-    apart = {name: (rows - found).norm() for name, found in theirs.items()}
-    relative = float(spread / theirs["sdpa"].norm())
-    print({name: float(value / spread) for name, value in apart.items()}, relative)
-    assert 0 < apart["sdpa"] < 1.2 * spread
-    assert apart["eager"] < 1.2 * spread
+    for name, suffix in (("image_features", " features"), ("logits", "")):
+        rows, sdpa, eager = saved[name].float(), theirs["sdpa" + suffix], theirs["eager" + suffix]
+        spread = (eager - sdpa).norm()
+        to_sdpa, to_eager = (rows - sdpa).norm(), (rows - eager).norm()
+        share = float(spread / sdpa.norm())
+        print(name, float(to_sdpa / spread), float(to_eager / spread), "of a spread of", share)
+        assert rows.shape == sdpa.shape
+        assert 0 < to_sdpa < 1.2 * spread
+        assert to_eager < 1.2 * spread
     best = theirs["sdpa"].topk(2).values
-    other = rows.argmax(dim=1) != theirs["sdpa"].argmax(dim=1)
+    other = saved["logits"].float().argmax(dim=1) != theirs["sdpa"].argmax(dim=1)
     noise = (theirs["eager"] - theirs["sdpa"]).abs().max()
     assert bool(((best[:, 0] - best[:, 1])[other] < noise).all())
