@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from planner.errors import InputError, StowplanError
+from planner.errors import InputError, RunFailed, StowplanError
 from planner.units import format_gib, parse_bytes
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of one `plan`. Never a traceback for a user's mistake."""
     try:
         _plan(_parser().parse_args(sys.argv[1:] if arguments is None else arguments))
-        sys.stdout.flush()
         return 0
     except StowplanError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -157,6 +156,10 @@ def _plan(options: argparse.Namespace) -> None:
     device = load_profile(options.device)
     if options.out is not None and not options.out.parent.is_dir():
         raise InputError(f"--out {options.out}: the folder {options.out.parent} does not exist")
+    if options.out is not None and options.out.exists() and not options.out.is_file():
+        raise InputError(
+            f"--out {options.out}: wanted the name of a file, found a folder or a device"
+        )
     checkpoint = resolve_model(options.model)
     _check_dtype(checkpoint, device)
     workload = _workload(options, checkpoint)
@@ -174,7 +177,15 @@ def _plan(options: argparse.Namespace) -> None:
     if options.out is not None:
         plan.save(options.out)
         print(f"wrote {options.out}", file=sys.stderr)
-    _show(plan, options)
+    try:
+        _show(plan, options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # what is left over would make Python complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise RunFailed(f"stdout: cannot be written: {error.strerror}") from None
 
 
 def _check_dtype(checkpoint: Checkpoint, device: DeviceProfile) -> None:
