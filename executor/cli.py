@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from planner.errors import InputError, StowplanError
+from planner.errors import InputError, RunFailed, StowplanError
 from planner.plan import Plan
 from planner.units import format_gib, format_seconds, parse_bytes
 
@@ -36,9 +36,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of one `execute`. Never a traceback for a user's mistake."""
     try:
-        code = _main(sys.argv[1:] if arguments is None else arguments)
-        sys.stdout.flush()
-        return code
+        return _main(sys.argv[1:] if arguments is None else arguments)
     except StowplanError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -157,6 +155,11 @@ def _check_options(options: argparse.Namespace) -> None:
         if path is not None and not path.parent.is_dir():
             option = "--" + name.replace("_", "-")
             raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
+        if path is not None and path.exists() and not path.is_file():
+            option = "--" + name.replace("_", "-")
+            raise InputError(
+                f"{option} {path}: wanted the name of a file, found a folder or a device"
+            )
 
 
 def _checkpoint(options: argparse.Namespace) -> Checkpoint:
@@ -243,8 +246,7 @@ def _execute(options: argparse.Namespace, plan: Plan, checkpoint: Checkpoint) ->
         f"{format_seconds(plan.prediction.seconds)} predicted"
     )
     result = _with_progress(console, plan, request)
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    _write("\n")
     console.print(render(compare(plan, result.record)))
     if options.record:
         result.record.save(options.record)
@@ -297,8 +299,20 @@ def _with_progress(console: Console, plan: Plan, request: Request) -> Result:
 
 
 def _say(token: int, piece: str) -> None:
-    sys.stdout.write(piece)
-    sys.stdout.flush()
+    _write(piece)
+
+
+def _write(text: str) -> None:
+    """Put text on stdout at once; RunFailed where it takes none."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # what is left over would make Python complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise RunFailed(f"stdout: cannot be written: {error.strerror}") from None
 
 
 def _make_checkpoint(spec: str, directory: str, *, quiet: bool) -> int:
