@@ -1,0 +1,113 @@
+"""What may import what, and that `plan` answers at once: shown in fresh interpreters, and that these tests can fail."""
+
+from __future__ import annotations
+
+import ast
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHARED = {"planner.plan", "planner.units", "planner.errors"}  # what the executor may have
+HEAVY = ("torch", "transformers", "numpy", "tokenizers", "PIL")
+
+MODULES = """
+import sys
+from planner.cli import main
+assert main(sys.argv[1:]) == 0
+print(*sorted(name for name in sys.modules if "." not in name), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("words", [["--vram", "16GB"], ["--vram", "16GB", "--model", "72b"]])
+def test_plan_imports_neither_torch_nor_anything_else_heavy(words: list[str]) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", MODULES, *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    loaded = set(ran.stderr.split())
+    assert "networkx" in loaded
+    assert not loaded & set(HEAVY)
+
+
+@pytest.mark.parametrize("words", [["--vram", "16GB"], ["--vram", "16GB", "--model", "72b"]])
+def test_plan_answers_within_a_second(words: list[str]) -> None:
+    """Best of three, start of the process included, in processor seconds: one thread, and other processes do not count."""
+    taken = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-m", "planner.cli", *words]
+        subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(taken) < 1.0, taken
+
+
+def imported(source: str) -> set[str]:
+    """Modules that a file imports anywhere, type checking and functions included."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            # `from planner import search` is an import of planner.search
+            whole = node.module == "planner"
+            found |= (
+                {f"planner.{alias.name}" for alias in node.names} if whole else {node.module or ""}
+            )
+    return found
+
+
+def foreign(source: str) -> set[str]:
+    """What a file of the executor imports of the planner and must not."""
+    planner = {name for name in imported(source) if name.split(".")[0] == "planner"}
+    return planner - SHARED
+
+
+def test_the_executor_has_only_plan_units_and_errors_of_the_planner() -> None:
+    files = sorted((ROOT / "executor").rglob("*.py"))
+    assert len(files) > 10
+    broken = {
+        str(f): found for f in files if f.name != "cli.py" and (found := foreign(f.read_text()))
+    }
+    assert broken == {}
+
+
+def test_the_planner_and_the_profiles_import_nothing_of_the_executor_or_torch() -> None:
+    for folder in ("planner", "profiles"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            tops = {name.split(".")[0] for name in imported(file.read_text())}
+            assert not tops & {"executor", "torch", "transformers"}, file
+
+
+def test_both_packages_import_nothing_by_themselves() -> None:
+    for package in ("planner", "executor"):
+        assert imported((ROOT / package / "__init__.py").read_text()) == set()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import planner.search",
+        "from planner.search import search",
+        "from planner import profile",
+        "def f() -> None:\n    from planner.spec import builtin",
+        "import planner",
+    ],
+)
+def test_a_foreign_import_would_be_noticed(line: str) -> None:
+    assert foreign(f"from planner.plan import Plan\n{line}\n")
+
+
+def test_an_import_of_torch_would_be_noticed() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", "import torch\n" + MODULES, "--vram", "16GB"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert set(ran.stderr.split()) & set(HEAVY)
