@@ -377,6 +377,15 @@ def process(folder: Path, paths: Sequence[Path]) -> Batch | None:
 # --- fixtures -----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Products this small gain nothing from threads, and these wait for one another where the cores are taken."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Golden:
     """What transformers computed with the stored tiny model in float32, and a Lab of a float32 checkpoint of it."""
 
