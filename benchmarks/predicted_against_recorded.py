@@ -74,7 +74,7 @@ def _plan(
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
-    return Plan.model_validate_json(done.stdout)
+    return Plan.loads(done.stdout)
 
 
 def _budgets(checkpoint: Path, image: Path, options: argparse.Namespace) -> list[int | None]:

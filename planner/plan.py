@@ -13,10 +13,11 @@ Time, for lifetimes, is the index of a step in `Plan.steps`; a lifetime is half-
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -449,8 +450,9 @@ class Plan(Frozen):
     prediction: Prediction
 
     def dumps(self) -> str:
-        """The plan as JSON, one line per list entry, the same bytes for the same plan."""
+        """The plan as JSON, one line per list entry, the same bytes for the same plan; `digest` last."""
         data = self.model_dump(mode="json")
+        data["digest"] = digest(data)
         parts = []
         for key, value in data.items():
             if isinstance(value, list):
@@ -471,27 +473,41 @@ class Plan(Frozen):
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise PlanFileError(f"{path}: cannot be read as a plan: {error}") from None
+        return cls.loads(text, name=str(path))
+
+    @classmethod
+    def loads(cls, text: str, *, name: str = "plan.json") -> Plan:
+        """Read a plan from its JSON; `name` is what errors call it."""
+        anew = f"write it anew with: plan --out {name}"
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise PlanFileError(
-                f"{path}: not a plan: it is not JSON ({error}); write it anew with: plan --out {path}"
-            ) from None
+            raise PlanFileError(f"{name}: not a plan: it is not JSON ({error}); {anew}") from None
         version = data.get("schema_version") if isinstance(data, dict) else None
         if version != SCHEMA_VERSION:
             raise PlanFileError(
-                f"{path}: wanted a plan of schema version {SCHEMA_VERSION}, found {version!r}; "
-                f"write it anew with: plan --out {path}"
+                f"{name}: wanted a plan of schema version {SCHEMA_VERSION}, found {version!r}; {anew}"
             )
+        signed = data.pop("digest", None)
         try:
-            return cls.model_validate_json(text)
+            plan = cls.model_validate(data)
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"])
             raise PlanFileError(
-                f"{path}: field {field}: {first['msg']} ({error.error_count()} in all); "
-                f"write it anew with: plan --out {path}"
+                f"{name}: field {field}: {first['msg']} ({error.error_count()} in all); {anew}"
             ) from None
+        # what a plan promises holds for the plan as the planner made it; a changed one is another plan, never checked
+        if signed != digest(data):
+            raise PlanFileError(f"{name}: it was changed after it was written; {anew}")
+        return plan
+
+
+def digest(data: Mapping[str, object]) -> str:
+    """sha256 of a plan's JSON data without its `digest`, whatever its spacing and order of keys."""
+    kept = {key: value for key, value in data.items() if key != "digest"}
+    canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from executor.make_checkpoint import make_random_checkpoint
+from planner.plan import digest
 
 
 def spoilt(kit: Any, change: Callable[[dict[str, Any]], object]) -> Path:
-    """The plan with one change made by hand."""
+    """The plan with one change made by hand, and signed again as if the planner had made it."""
     data = json.loads(kit.plan_file.read_text())
     change(data)
+    data["digest"] = digest(data)
     path: Path = kit.folder / "plan.json"
     path.write_text(json.dumps(data))
     return path
@@ -63,6 +65,16 @@ def test_a_plan_changed_by_hand_is_refused(
 ) -> None:
     # as it would be run where it says so
     kit.execute("--device", "cpu", plan=spoilt(kit, change)).refused(words)
+
+
+def test_a_plan_changed_after_it_was_written_is_refused_whatever_was_changed(kit: Any) -> None:
+    data = json.loads(kit.plan_file.read_text())
+    path = kit.folder / "plan.json"
+    path.write_text(json.dumps(data, indent=1))
+    assert kit.execute(plan=path).code == 0  # spacing is no change
+    data["levers"]["tiles"]["prompt_rows"] = 0
+    path.write_text(json.dumps(data))
+    kit.execute(plan=path).refused("it was changed after it was written")
 
 
 def test_a_plan_for_other_shapes_is_refused_and_one_for_other_weights_runs(kit: Any) -> None:

@@ -34,7 +34,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
 def test_vram_alone_plans_the_7b_model_and_a_4k_image_on_the_default_card(run: Any) -> None:
     outcome = run("--vram", "16GB", "--json")
     assert (outcome.code, outcome.err) == (0, "")
-    plan = Plan.model_validate_json(outcome.out)
+    plan = Plan.loads(outcome.out)
     assert outcome.out == plan.dumps()
     assert plan.model.name == "Qwen2.5-VL-7B-Instruct"
     assert [image.name for image in plan.workload.images] == ["3840x2160"]
