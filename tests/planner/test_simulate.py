@@ -171,6 +171,19 @@ def test_a_freed_large_block_serves_a_smaller_request() -> None:
     assert allocator.reserved_bytes == 40 * MIB
 
 
+def test_a_rest_of_at_most_a_mebibyte_stays_with_a_large_block() -> None:
+    allocator = CachingAllocator()
+    block = allocator.malloc(39 * MIB)  # in a segment of 40
+    assert block.size_bytes == 40 * MIB
+    assert allocator.malloc(38 * MIB).size_bytes == 38 * MIB  # nothing to split there
+
+
+def test_a_large_block_is_split_where_more_than_a_mebibyte_is_left() -> None:
+    allocator = CachingAllocator()
+    allocator.release(allocator.malloc(40 * MIB))
+    assert allocator.malloc(38 * MIB).size_bytes == 38 * MIB
+
+
 def test_neighbours_that_are_free_become_one_block() -> None:
     allocator = CachingAllocator()
     first, second = allocator.malloc(8 * MIB), allocator.malloc(8 * MIB)
