@@ -68,6 +68,9 @@ def run(plan: Plan, request: Request, device: Device | None = None) -> Result:
         device = device or open_device(request)
         stack.enter_context(closing(device))
         recorder = Recorder(device, check=request.check, age_s=request.age_s)
+        # what watches or poisons the arena around a step needs the reader to hold still meanwhile
+        watched = request.check or request.poison
+        running = stack.enter_context(ExitStack())
         with recorder.phase("load", arena_bytes=lambda: arena.resident_bytes()):
             check_kernels(plan, device)
             arena = Arena(plan, device)
@@ -86,11 +89,18 @@ def run(plan: Plan, request: Request, device: Device | None = None) -> Result:
             with memory_errors("images"):
                 open_images(request, plan, runs.slots)
             recorder.keep_host("images", max(0, (device.held_bytes() or 0) - (before or 0)))
-        # what watches or poisons the arena around a step needs the reader to hold still meanwhile
-        watched = request.check or request.poison
-        with Reader(
-            plan, device, request.locations, decode_iterations=prompt.iterations, alone=watched
-        ) as reader:
+            reader = running.enter_context(
+                Reader(
+                    plan,
+                    device,
+                    request.locations,
+                    decode_iterations=prompt.iterations,
+                    alone=watched,
+                )
+            )
+            if plan.levers.order == "all_first":
+                reader.begin_step(plan.steps[0])
+        with running:
             loop = _Loop(
                 plan=plan,
                 request=request,

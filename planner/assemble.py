@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from planner import graph as graphs
 from planner.graph import Intervals
 from planner.layout import Layout, pack
 from planner.plan import (
+    DTYPE_BYTES,
     Buffer,
     Copy,
     DeviceTerms,
@@ -93,11 +95,12 @@ def draft(problem: Problem, choice: Choice, prefetch_after: dict[str, int] | Non
     head_rows = min(choice.tiles.vocabulary_rows, problem.model.text.vocabulary)
     step_seconds = [problem.seconds_of(step, choice.tiles, head_rows) for step in drafted.steps]
     copy_seconds = _copy_seconds(problem, drafted)
+    stolen = {copy.id: problem.costs.stolen(copy.size_bytes) for copy in drafted.copies}
     found: list[Draft] = []
     for patient in (True, False):
         copies = queue_order(drafted, step_seconds, copy_seconds, patient=patient)
         ordered = replace(drafted, copies=copies)
-        time = timeline(ordered, step_seconds, copy_seconds)
+        time = timeline(ordered, step_seconds, copy_seconds, stolen)
         found.append(Draft(ordered, step_seconds, copy_seconds, time))
     return min(found, key=lambda d: d.time.seconds)
 
@@ -137,7 +140,11 @@ def work_out(problem: Problem, drafted_: Draft) -> Evaluated:
         expected = [
             context + step.resident + step.outside + h for step, h in zip(bytes_, host, strict=True)
         ]
-        load = context + problem.decoding_bytes
+        load = context + max(
+            problem.decoding_bytes,
+            _priming_bytes(drafted, outside),
+            host[0] + _loaded_bytes(drafted),
+        )
     else:
         reserved = reserved_bytes(
             layout.height_bytes, (profile.workspace_bytes, profile.lt_workspace_bytes), outside
@@ -160,6 +167,30 @@ def work_out(problem: Problem, drafted_: Draft) -> Evaluated:
         load_bytes=load,
         expected=expected,
     )
+
+
+def _loaded_bytes(drafted: Program) -> int:
+    """Weights that arrive before the first step: all residents, where they come first."""
+    if drafted.choice.order != "all_first":
+        return 0
+    return sum(copy.size_bytes for copy in drafted.copies if copy.need == 0 and copy.after < 0)
+
+
+def _priming_bytes(drafted: Program, outside: list[tuple[Outside, ...]]) -> int:
+    """The most that one primed step touches: a tile's scratch and residual rows, and what its kernels take."""
+    most = 0
+    for step, blocks in zip(drafted.steps, outside, strict=True):
+        written = 0
+        for name in step.writes:
+            buffer = drafted.buffers[name]
+            if buffer.kind == "scratch":
+                # of keys and values of all rows a tile's are touched
+                tile = max((view.shape[0] for view in buffer.views if view.name == "y"), default=0)
+                for view in buffer.views:
+                    rows = min(tile, view.shape[0]) if view.name == "kv" else view.shape[0]
+                    written += math.prod((rows, *view.shape[1:])) * DTYPE_BYTES[view.dtype]
+        most = max(most, written + peak_bytes(blocks))
+    return most
 
 
 def pixel_buffers(problem: Problem, drafted: Program) -> list[HostBuffer]:
@@ -386,16 +417,16 @@ def _phases(problem: Problem, found: Evaluated) -> tuple[PhasePrediction, ...]:
     result = [
         PhasePrediction(
             phase="load",
-            weights_resident_bytes=0,
+            weights_resident_bytes=_loaded_bytes(drafted),
             weights_streamed_bytes=0,
             activations_bytes=0,
             kv_cache_bytes=0,
             staging_bytes=0,
-            outside_bytes=problem.decoding_bytes,
+            outside_bytes=0,
             context_bytes=found.context_bytes,
             expected_peak_bytes=found.load_bytes,
             bound_peak_bytes=found.load_bytes + found.context_error_bytes,
-            seconds=problem.profile.start_s,
+            seconds=problem.profile.start_s + found.time.load_seconds,
             compute_seconds=0.0,
             copy_seconds=0.0,
         )

@@ -148,3 +148,9 @@ class Costs:
             profile.page_cache_bytes_per_s if cached and not first else profile.disk_bytes_per_s
         )
         return size_bytes / min(source, profile.host_to_device_bytes_per_s)
+
+    def stolen(self, size_bytes: int) -> float:
+        """Seconds that a copy takes from the steps beside it: on the CPU it is a core's work, on a card nothing."""
+        if self.profile.kind != "cpu":
+            return 0.0
+        return size_bytes / self.profile.page_cache_bytes_per_s

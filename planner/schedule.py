@@ -62,7 +62,7 @@ class CopyDraft(NamedTuple):
     wraps: bool
     once: bool
     size_bytes: int
-    need: int  # index of the step it serves
+    need: int  # index of the first step that waits for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,7 +329,7 @@ def _vision_copies(drafts: _Drafts) -> Iterable[CopyDraft]:
             # the merger is needed last: it need not wait in memory from the start
             late = unit == "visual/merger" and choice.order != "all_first"
             after = max(index - 1 - LOOKAHEAD, -1) if late else -1
-            yield _own(drafts, "vision", unit, index, after, once=False)
+            yield _own(drafts, "vision", unit, index, after)
     streamed = [(index, unit) for index, unit in uses if unit not in resident]
     yield from _streamed(drafts, "vision", streamed, start=-1)
 
@@ -345,7 +345,7 @@ def _prefill_copies(
             after = -1 if choice.order == "all_first" else vision_end
             if choice.order == "prefetch":
                 after = prefetch_after.get(unit, vision_end)
-            yield _own(drafts, "prefill", unit, index, after, once=False)
+            yield _own(drafts, "prefill", unit, index, after)
     streamed = [(index, unit) for index, unit in uses if unit not in resident]
     yield from _streamed(drafts, "prefill", streamed, start=vision_end)
 
@@ -360,7 +360,7 @@ def _decode_copies(drafts: _Drafts, prefill_end: int) -> list[CopyDraft]:
         if unit in before:
             drafts.where[index] = f"weights/{unit}"
         elif unit in resident:
-            grown.append(_own(drafts, "decode", unit, index, prefill_end, once=True))
+            grown.append(_own(drafts, "decode", unit, index, prefill_end))
     streamed = [
         (index, unit) for index, unit in uses if unit not in resident and unit not in before
     ]
@@ -369,13 +369,14 @@ def _decode_copies(drafts: _Drafts, prefill_end: int) -> list[CopyDraft]:
     return sorted(copies, key=lambda copy: copy.need)
 
 
-def _own(
-    drafts: _Drafts, phase: Phase, unit: str, need: int, after: int, *, once: bool
-) -> CopyDraft:
+def _own(drafts: _Drafts, phase: Phase, unit: str, serves: int, after: int) -> CopyDraft:
+    """The one copy of a resident unit. Where all come first, the first step waits for it already."""
     size_bytes = drafts.unit_sizes[unit]
     buffer = drafts.weights(f"weights/{unit}", "weights", size_bytes)
-    drafts.where[need] = buffer
-    id = f"copy:{drafts.steps[need].id}"
+    drafts.where[serves] = buffer
+    need = 0 if drafts.choice.order == "all_first" and phase != "decode" else serves
+    once = phase == "decode"
+    id = f"copy:{drafts.steps[serves].id}"
     return CopyDraft(id, phase, unit, buffer, after, False, once, size_bytes, need)
 
 

@@ -213,23 +213,18 @@ def _rank(candidate: Candidate) -> tuple[float, float, float, int]:
 
 
 def _orders(problem: Problem, choice: Choice, best_s: float) -> Iterator[Evaluated]:
-    """The choice under each order of phases; an order that is not faster than `best_s` is left out unless another needs it."""
-    resident = choice.prefill.attn + choice.prefill.mlp + choice.prefill.head
-    overlaps = bool(resident and problem.workload.images)
-    if overlaps:
-        drafted = draft(problem, replace(choice, order="all_first"))
-        if drafted.time.seconds <= best_s:
-            found = work_out(problem, drafted)
-            yield found
-            if (
-                problem.request.budget_bytes is None
-                or found.bound_bytes <= problem.request.budget_bytes
-            ):
-                return  # no order is faster
+    """The choice under each order of phases; all weights first only where that is no slower than `best_s`."""
     base = evaluate(problem, replace(choice, order="vision_then_llm"))
     yield base
-    if overlaps:
-        yield _prefetched(problem, choice, base)
+    if not problem.workload.images or not (
+        choice.prefill.attn + choice.prefill.mlp + choice.prefill.head
+    ):
+        return
+    prefetched = _prefetched(problem, choice, base)
+    yield prefetched
+    drafted = draft(problem, replace(choice, order="all_first"))
+    if drafted.time.seconds < min(best_s, base.seconds, prefetched.seconds):
+        yield work_out(problem, drafted)
 
 
 def _candidates(problem: Problem, allowance: int | None, cap: int | None) -> Iterator[Candidate]:

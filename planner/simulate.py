@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,6 +23,7 @@ class PhaseTime(NamedTuple):
 
 
 class Timeline(NamedTuple):
+    load_seconds: float  # until the first step may start, where all weights come first; part of `seconds`
     phases: dict[Phase, PhaseTime]
     seconds: float
 
@@ -82,18 +84,25 @@ def queue_order(
 
 
 def timeline(
-    program: Program, step_seconds: Sequence[float], copy_seconds: Mapping[str, float]
+    program: Program,
+    step_seconds: Sequence[float],
+    copy_seconds: Mapping[str, float],
+    stolen_seconds: Mapping[str, float] | None = None,
 ) -> Timeline:
     """Longest path over the two queues.
 
     A step starts when the step before it and the copies it waits for have ended; a copy starts when the copy before it
-    and the step it comes after have ended. The decode loop is walked a few times and its steady period repeated.
+    and the step it comes after have ended. `stolen_seconds` of a copy are taken from the step beside which it ends
+    (on the CPU both use the same cores). The decode loop is walked a few times and its steady period repeated.
     """
+    stolen = stolen_seconds or {}
     ends: list[float] = []  # of steps, prefill and before
     copy_end: dict[str, float] = {}
+    landing: deque[tuple[float, float]] = deque()  # (end, stolen seconds) of copies no step has paid for
     compute = copying = 0.0
     queue = [copy for copy in program.copies if copy.phase != "decode"]
     position = 0
+    load = 0.0
     boundaries: dict[Phase, float] = {}
     for index, step in enumerate(program.steps[: program.decode_start]):
         # the queue stops at the first copy that comes after a step not yet run
@@ -102,13 +111,18 @@ def timeline(
             ready = ends[copy.after] if copy.after >= 0 else 0.0
             copying = max(copying, ready) + copy_seconds[copy.id]
             copy_end[copy.id] = copying
+            landing.append((copying, stolen.get(copy.id, 0.0)))
             position += 1
         start = max([compute, *(copy_end[waited] for waited in step.waits)])
-        compute = start + step_seconds[index]
+        if index == 0 and program.choice.order == "all_first":
+            load = start
+        while landing and landing[0][0] <= start:
+            landing.popleft()  # landed while nothing ran
+        compute = _pay(landing, start + step_seconds[index])
         ends.append(compute)
         boundaries[step.phase] = compute
     phases: dict[Phase, PhaseTime] = {}
-    before = 0.0
+    before = load
     for phase, end in boundaries.items():
         busy = sum(
             s for s, step in zip(step_seconds, program.steps, strict=True) if step.phase == phase
@@ -117,19 +131,27 @@ def timeline(
         phases[phase] = PhaseTime(end - before, busy, moved)
         before = end
     if not program.decode_repeats:
-        return Timeline(phases, before)
-    first, period, moved = _loop(program, step_seconds, copy_seconds, compute, copying)
+        return Timeline(load, phases, before)
+    first, period, moved = _loop(program, step_seconds, copy_seconds, stolen, compute, copying)
     repeats = program.decode_repeats
     seconds = first + (repeats - 1) * period
     busy = sum(step_seconds[program.decode_start :]) * repeats
     phases["decode"] = PhaseTime(seconds, busy, moved)
-    return Timeline(phases, before + seconds)
+    return Timeline(load, phases, before + seconds)
+
+
+def _pay(landing: deque[tuple[float, float]], end: float) -> float:
+    """The end of a step that would end at `end`, later by what copies that land before it steal."""
+    while landing and landing[0][0] <= end:
+        end += landing.popleft()[1]
+    return end
 
 
 def _loop(
     program: Program,
     step_seconds: Sequence[float],
     copy_seconds: Mapping[str, float],
+    stolen: Mapping[str, float],
     compute: float,
     copying: float,
 ) -> tuple[float, float, float]:
@@ -139,6 +161,7 @@ def _loop(
     copies = [copy for copy in program.copies if copy.phase == "decode"]
     marks = []
     previous: dict[int, float] = {}
+    landing: deque[tuple[float, float]] = deque()
     for iteration in range(min(ITERATIONS, program.decode_repeats)):
         ends: dict[int, float] = {}
         copy_end: dict[str, float] = {}
@@ -155,9 +178,13 @@ def _loop(
                     ready = ends[copy.after]
                 copying = max(copying, ready) + copy_seconds[copy.id]
                 copy_end[copy.id] = copying
+                landing.append((copying, stolen.get(copy.id, 0.0)))
                 position += 1
             waits = [copy_end[w] for w in program.steps[index].waits if w in copy_end]
-            compute = max([compute, *waits]) + step_seconds[index]
+            begun = max([compute, *waits])
+            while landing and landing[0][0] <= begun:
+                landing.popleft()
+            compute = _pay(landing, begun + step_seconds[index])
             ends[index] = compute
         previous = ends
         marks.append(compute)

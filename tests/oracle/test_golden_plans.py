@@ -70,7 +70,8 @@ def test_the_searched_plans_give_the_stored_answer(golden: Any) -> None:
     free = golden.plan()
     smallest = free.prediction.smallest_budget_bytes
     least = golden.plan(budget_bytes=smallest)
-    assert least.prediction.bound_peak_bytes <= smallest < free.prediction.bound_peak_bytes
+    # opening the images takes more than this model's tower, so both peaks may be that of the load
+    assert least.prediction.bound_peak_bytes <= smallest <= free.prediction.bound_peak_bytes
     for plan in (free, least):
         answer = golden.run(plan)
         assert max(differences(golden, answer)) < 1e-4

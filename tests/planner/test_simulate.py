@@ -107,7 +107,8 @@ def test_a_long_loop_repeats_its_steady_period(kit: Any, seed: int) -> None:
 def test_phases_add_up_to_the_whole(kit: Any) -> None:
     made, steps, copies = drawn(kit, random.Random(3), new=5)
     found = timeline(made, steps, copies)
-    assert sum(phase.seconds for phase in found.phases.values()) == pytest.approx(found.seconds)
+    phases = sum(phase.seconds for phase in found.phases.values())
+    assert found.load_seconds + phases == pytest.approx(found.seconds)
     assert list(found.phases) == ["vision", "prefill", "decode"]
 
 
@@ -197,3 +198,23 @@ def test_neighbours_that_are_free_become_one_block() -> None:
 def test_reserved_bytes_hold_arena_workspaces_and_the_largest_sum_of_blocks() -> None:
     outside = [(block(30 * MIB, 0, 2), block(10 * MIB, 1, 2)), (block(25 * MIB, 0, 1),)]
     assert reserved_bytes(1024 * MIB, (32 * MIB, 0), outside) == (1024 + 32 + 40 + 2) * MIB
+
+
+def test_where_all_weights_come_first_the_first_step_waits_for_every_resident(kit: Any) -> None:
+    checkpoint, workload = kit.tiny(), kit.workload([(336, 252)], new=2)
+    counts = PhaseResidency(3, 2, 1)
+    choice = kit.choice(order="all_first", depth=2, prefill=counts, decode=counts)
+    made = program(choice, checkpoint.shape, workload, unit_sizes(checkpoint.shape, 256))
+    residents = {copy.id for copy in made.copies if copy.buffer.startswith("weights/")}
+    assert residents <= set(made.steps[0].waits)
+    seconds = dict.fromkeys((copy.id for copy in made.copies), 1.0)
+    ordered = queue_order(made, [0.0] * len(made.steps), seconds, patient=True)
+    found = timeline(replace(made, copies=ordered), [0.0] * len(made.steps), seconds)
+    assert found.load_seconds >= len(residents)
+
+
+def test_what_a_copy_steals_is_paid_by_the_step_beside_it(kit: Any) -> None:
+    made, steps, copies = drawn(kit, random.Random(3), new=5)
+    alone = timeline(made, steps, copies)
+    assert timeline(made, steps, copies, dict.fromkeys(copies, 0.0)) == alone
+    assert timeline(made, steps, copies, dict.fromkeys(copies, 0.01)).seconds > alone.seconds
