@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from planner.errors import InputError, RunFailed, StowplanError
+import planner
+from planner.errors import DoesNotFit, InputError, RunFailed, StowplanError
 from planner.plan import Plan
-from planner.units import format_gib, format_seconds, parse_bytes
+from planner.units import format_gib, format_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
     from planner.spec import Checkpoint
 
 PASSED_BUDGET, INTERRUPTED = 4, 130
+PLAN_COMMAND = (
+    "import sys; sys.path[0] = sys.argv.pop(1); from planner.cli import main; sys.exit(main())"
+)
 
 EPILOG = """\
 exit codes: 0 ran, 1 the run failed, 2 usage or bad input, 3 the plan does not fit (any more),
@@ -35,6 +41,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of one `execute`. Never a traceback for a user's mistake."""
+    # numpy asks for huge pages for arrays of 4 MiB and more, also on the heap: what is freed there would stay resident
+    os.environ.setdefault("NUMPY_MADVISE_HUGEPAGE", "0")
     try:
         return _main(sys.argv[1:] if arguments is None else arguments)
     except StowplanError as error:
@@ -55,7 +63,7 @@ def _main(arguments: Sequence[str]) -> int:
         return _make_checkpoint(*options.make_random_checkpoint, quiet=options.quiet)
     _check_options(options)
     checkpoint = _checkpoint(options)
-    plan = Plan.load(options.plan) if options.plan else _plan_on_the_spot(options, checkpoint)
+    plan = Plan.load(options.plan) if options.plan else _plan_on_the_spot(options)
     return _execute(options, plan, checkpoint)
 
 
@@ -176,40 +184,46 @@ def _checkpoint(options: argparse.Namespace) -> Checkpoint:
     return checkpoint
 
 
-def _plan_on_the_spot(options: argparse.Namespace, checkpoint: Checkpoint) -> Plan:
-    """The plan for these images and this prompt."""
-    from planner import search, workload
-    from planner.profile import load_profile
+def _plan_on_the_spot(options: argparse.Namespace) -> Plan:
+    """The plan for these images and this prompt, made by `plan` in a process of its own.
 
+    What the search imports and leaves in the heap would otherwise stay in this process, and the plan's own context is
+    predicted without it.
+    """
     if options.device == "cuda":
         raise InputError(
             "--vram with --device cuda: the card's profile is not known here; "
             "make a plan with: plan --device NAME --out plan.json"
         )
-    images = [
-        workload.parse_image(
-            # a file that is called 3840x2160 is still a file
-            str(path) if path.is_absolute() else f"./{path}",
-            min_pixels=checkpoint.min_pixels,
-            max_pixels=checkpoint.max_pixels,
+    # a file that is called 3840x2160 is still a file
+    images = [str(path) if path.is_absolute() else f"./{path}" for path in options.image]
+    new_tokens = 128 if options.max_new_tokens is None else options.max_new_tokens
+    with tempfile.TemporaryDirectory(prefix="execute-") as folder:
+        out = Path(folder) / "plan.json"
+        arguments = [
+            # with = also for a prompt that begins with a dash
+            *(f"--vram={options.vram}", f"--model={options.model}", f"--prompt={options.prompt}"),
+            *(f"--image={name}" for name in images or ["none"]),
+            *(f"--max-new-tokens={new_tokens}", "--device=cpu", f"--out={out}", "--json"),
+        ]
+        # the same planner as this one, whatever lies in the working directory
+        root = str(Path(planner.__file__).resolve().parent.parent)
+        done = subprocess.run(
+            [sys.executable, "-c", PLAN_COMMAND, root, *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            env={**os.environ, "PYTHONIOENCODING": "utf-8"},
         )
-        for path in options.image
-    ]
-    asked = workload.make_workload(
-        images,
-        min_pixels=checkpoint.min_pixels,
-        max_pixels=checkpoint.max_pixels,
-        text=options.prompt,
-        tokenizer_json=checkpoint.tokenizer_json,
-        max_new_tokens=128 if options.max_new_tokens is None else options.max_new_tokens,
-    )
-    request = search.Request(
-        checkpoint,
-        asked,
-        parse_bytes(options.vram, what="--vram"),
-        command=f"plan --vram {options.vram} --model {options.model} --device cpu",
-    )
-    return search.search(request, load_profile("cpu"))
+        if done.returncode == 0:
+            return Plan.load(out)
+    message = done.stderr.strip()
+    if message.startswith("error: "):
+        kinds = {InputError.exit_code: InputError, DoesNotFit.exit_code: DoesNotFit}
+        raise kinds.get(done.returncode, RunFailed)(message.removeprefix("error: "))
+    last = (message.splitlines() or ["it said nothing"])[-1]
+    raise RunFailed(f"planning ended with exit code {done.returncode}: {last}")
 
 
 def _execute(options: argparse.Namespace, plan: Plan, checkpoint: Checkpoint) -> int:

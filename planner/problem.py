@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from planner import workspace
+from planner import kept_code, workspace
 from planner.buffers import VISION_KINDS, Layouted, text_scratch, vision_scratch
 from planner.costs import Costs
 from planner.plan import (
@@ -26,6 +26,8 @@ from planner.simulate import peak_bytes
 from planner.spec import Checkpoint
 from planner.template import unit_sizes
 from planner.workload import host_bytes
+
+COMPACT_BYTES_PER_TOKEN = 46  # of the published tokenizer.json: 7.03 MB for a vocabulary of 151,936
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,8 @@ class Problem:
         self.unit_sizes = lru_cache(maxsize=None)(self._unit_sizes)
         self.outside = lru_cache(maxsize=None)(self._outside)
         self.seconds = lru_cache(maxsize=None)(self._seconds)
+        self.kept_bytes = lru_cache(maxsize=None)(self._kept_bytes)
+        self.fixed_context_bytes = self._fixed_context_bytes()
         ram = request.ram_bytes if request.ram_bytes is not None else profile.default_ram_bytes
         self.total_bytes = sum(self.unit_sizes(self.model.text.vocabulary).values())
         self.cached = self.total_bytes <= ram  # files stay in host memory after they were read once
@@ -137,20 +141,52 @@ class Problem:
     # --- terms outside the arena --------------------------------------------------------------------------------
 
     def context_bytes(self, gemm_shapes: frozenset[tuple[int, int, int]]) -> int:
-        """Driver or interpreter, libraries, tokenizer, and the code that the CPU library keeps for each product shape."""
-        profile = self.profile
-        context = profile.context_bytes
-        if self.on_cpu:
-            dtype = self.model.dtype
-            # one row is multiplied by another kernel, which keeps no code per shape
-            context += sum(
-                profile.product_code_bytes(dtype, inputs, outputs)
-                for rows, inputs, outputs in gemm_shapes
-                if rows > 1
-            )
-            tokenizer = self.request.checkpoint.tokenizer_bytes
-            context += int(tokenizer * profile.tokenizer_bytes_per_file_byte)
+        """Driver or interpreter, libraries, plan, tokenizer, and what the CPU's library keeps for each product shape."""
+        return self.fixed_context_bytes + sum(map(self.kept_bytes, gemm_shapes))
+
+    def _fixed_context_bytes(self) -> int:
+        profile, model = self.profile, self.model
+        if not self.on_cpu:
+            return profile.context_bytes
+        # a block of the language model has steps in prefill and in decode
+        blocks = model.vision.depth + 2 * model.text.layers
+        context = profile.context_bytes + blocks * profile.context_block_bytes
+        tokenizer = self.request.checkpoint.tokenizer_bytes
+        if tokenizer:
+            # the same tokens and merges written with spaces between make a larger file, but take no more memory
+            tokens = model.text.vocabulary
+            tokenizer = min(tokenizer, COMPACT_BYTES_PER_TOKEN * tokens)
+            context += round(tokenizer * profile.tokenizer_bytes_per_file_byte)
+            context += tokens * profile.tokenizer_bytes_per_token
+        if model.dtype == "float32":
+            patches = max((image.patches for image in self.workload.images), default=0)
+            context += kept_code.float32_bytes(model, self.workload.prompt_tokens, patches)
         return context
+
+    def _kept_bytes(self, gemm_shape: tuple[int, int, int]) -> int:
+        """What stays after the products of that shape, with and without bias where the model has both, and after the
+        attention over rows that such a product projected."""
+        if not self.on_cpu or self.model.dtype == "float32":
+            return 0
+        rows, inputs, outputs = gemm_shape
+        vision, text, amx = self.model.vision, self.model.text, self.profile.amx
+        kept = sum(
+            kept_code.kept_bytes(rows, inputs, outputs, bias=bias, amx=amx)
+            for bias in kept_code.biases(self.model, inputs, outputs)
+        )
+        if rows == 1 or not amx:
+            return kept
+        # keys and values of a full block, and keys of the language model, are projected for each tile of query rows
+        if (inputs, outputs) == (vision.hidden, 2 * vision.hidden):
+            images = {i.patches for i in self.workload.images if i.patches >= rows}
+            for keys in {rows} if rows in images else images:
+                # of several images a rest of rows is one's alone; tiles are multiples of 64
+                if len(images) == 1 or rows % 64 == 0 or (keys - rows) % 64 == 0:
+                    first = rows == keys or rows % 32 == 0
+                    kept += kept_code.attention_kept_bytes(rows, keys, first=first)
+        elif (inputs, outputs) == (text.hidden, text.kv_heads * text.head_dim):
+            kept += kept_code.attention_kept_bytes(rows, rows, first=True)
+        return kept
 
     def gemm_shapes(self, tiles: Tiles, together: bool) -> frozenset[tuple[int, int, int]]:
         """Every distinct product of a plan with these tiles: (rows, in, out)."""

@@ -44,14 +44,6 @@ class Rates(Frozen):
         return rate(self.bits16 if DTYPE_BYTES[dtype] == 2 else self.float32, rows)
 
 
-class KernelCode(Frozen):
-    """Code the CPU's library keeps for each distinct product (rows, inputs, outputs) it has run."""
-
-    inputs: PositiveInt
-    outputs: PositiveInt
-    size_bytes: PositiveInt
-
-
 class DeviceProfile(Frozen):
     """One device. Every figure has an entry in `sources`; what a CPU does not have is 0 or empty."""
 
@@ -86,11 +78,9 @@ class DeviceProfile(Frozen):
 
     context_bytes: PositiveInt
     context_error_bytes: int = Field(ge=0)
-    code_bytes: tuple[KernelCode, ...]  # of 16-bit products
-    code_default_bytes: int = Field(
-        ge=0
-    )  # of 16-bit products whose inputs and outputs are not listed
+    context_block_bytes: int = Field(ge=0)  # more for each block: its steps, headers, buffers
     tokenizer_bytes_per_file_byte: float = Field(ge=0)  # 0 where the host is not the device
+    tokenizer_bytes_per_token: int = Field(ge=0)  # of the vocabulary, beside the file's bytes
     workspace_bytes: int = Field(ge=0)  # cuBLAS, once per stream
     lt_workspace_bytes: int = Field(ge=0)  # cuBLASLt, once per stream
     allocator: Literal["native", "expandable"]
@@ -119,21 +109,12 @@ class DeviceProfile(Frozen):
         """FLOP/s of an attention call over `rows` query rows."""
         return self.attention_flops_per_s.at(dtype, rows)
 
-    def product_code_bytes(self, dtype: str, inputs: int, outputs: int) -> int:
-        """Bytes of code kept for one distinct (rows, inputs, outputs); 0 in float32 and on a card."""
-        if DTYPE_BYTES[dtype] != 2:
-            return 0
-        for code in self.code_bytes:
-            if (code.inputs, code.outputs) == (inputs, outputs):
-                return code.size_bytes
-        return self.code_default_bytes
-
 
 # not figures: what names the device, and what another figure's source covers
 _COVERED = {
     *("threads", "amx"),
     *("id", "name", "kind", "compute_capability", "bf16", "note", "allocator", "sources"),
-    *("context_error_bytes", "code_default_bytes"),
+    *("context_error_bytes", "context_block_bytes", "tokenizer_bytes_per_token"),
 }
 FIGURES = tuple(name for name in DeviceProfile.model_fields if name not in _COVERED)
 

@@ -45,14 +45,10 @@ def test_a_card_s_figures_are_of_a_card(profile_id: str) -> None:
     assert card.matmul_rate("bfloat16", 1) > card.bandwidth_bytes_per_s
 
 
-def test_the_cpu_keeps_code_for_16_bit_products_only() -> None:
-    cpu = load_profile("cpu")
-    assert cpu.product_code_bytes("float32", 1280, 1280) == 0
-    assert cpu.product_code_bytes("bfloat16", 3420, 1280) > cpu.product_code_bytes(
-        "bfloat16", 1280, 1280
-    )
-    assert cpu.product_code_bytes("bfloat16", 17, 19) == cpu.code_default_bytes > 0
-    assert load_profile("t4-16gb").product_code_bytes("float16", 1280, 1280) == 0
+def test_only_the_cpu_s_context_grows_with_the_model() -> None:
+    for profile in map(load_profile, list_profiles()):
+        grows = (profile.context_block_bytes, profile.tokenizer_bytes_per_token)
+        assert all(grows) if profile.kind == "cpu" else not any(grows)
 
 
 @pytest.mark.parametrize(
