@@ -1,11 +1,11 @@
 """Seconds of vision, prefill and decode, and peak memory, beside transformers on the same checkpoint and image (CPU).
 
-    python benchmarks/against_transformers.py CHECKPOINT [--size 1024x1024] [--new-tokens 16] [--rounds 5] [--vram 9GB]
+    python benchmarks/against_transformers.py CHECKPOINT [--size 1024x1024] [--new-tokens 16] [--rounds 5] [--vram SIZE]
 
 transformers (sdpa, the checkpoint's dtype, weights copied into memory) stays loaded in a process of its own and is
-warmed once; `execute` is started afresh every round, reads its weights within the phases it times, and plans without a
-budget unless --vram is given. Rounds alternate; figures are medians of the rounds, ratios are medians of the rounds'
-ratios.
+warmed once; `execute` is started afresh every round. Without --vram its plan too has every weight in memory before the
+first step; with it, the plan is what `plan` makes for that budget, and what it streams is read within the phases.
+Loading is timed on neither side. Rounds alternate; figures are medians, ratios are medians of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -22,6 +22,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from PIL import Image
+
+from planner.plan import TokenIds
+from planner.profile import load_profile
+from planner.schedule import Choice, PhaseResidency
+from planner.search import Request, build, search
+from planner.spec import read_checkpoint
+from planner.units import parse_bytes
+from planner.workload import make_workload, parse_image
 
 PHOTO = Path(__file__).parent.parent / "examples" / "earth_3840x2160.jpg"
 PROMPT = "Describe this image."
@@ -55,18 +63,34 @@ def main() -> int:
             here.send("run")
             theirs.append(here.recv())
             ours.append(_execute(options, image, plan, Path(folder) / "record.json"))
-            print(f"round {round_}: {_line(ours[-1])} | transformers {_line(theirs[-1])}", flush=True)
+            print(
+                f"round {round_}: {_line(ours[-1])} | transformers {_line(theirs[-1])}", flush=True
+            )
         here.send("end")
         worker.join()
     return _print(ours, theirs)
 
 
 def _plan(options: argparse.Namespace, image: Path, plan: Path) -> None:
-    command = [sys.executable, "-m", "planner.cli", "--device", "cpu", "--image", str(image)]
-    command += ["--model", str(options.checkpoint), "--prompt", PROMPT, "--out", str(plan)]
-    command += ["--max-new-tokens", str(options.new_tokens)]
-    command += ["--vram", options.vram] if options.vram else []
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    checkpoint = read_checkpoint(options.checkpoint)
+    bounds = {"min_pixels": checkpoint.min_pixels, "max_pixels": checkpoint.max_pixels}
+    workload = make_workload(
+        [parse_image(str(image), **bounds)],
+        **bounds,
+        text=PROMPT,
+        tokenizer_json=checkpoint.tokenizer_json,
+        max_new_tokens=options.new_tokens,
+    )
+    budget = parse_bytes(options.vram) if options.vram else None
+    request, device = Request(checkpoint, workload, budget), load_profile("cpu")
+    found = search(request, device)
+    if budget is None:
+        shape, tiles = checkpoint.shape, found.levers.tiles
+        vision = PhaseResidency(shape.vision.depth, shape.vision.depth)
+        heads = -(-shape.text.vocabulary // tiles.vocabulary_rows)
+        text = PhaseResidency(shape.text.layers, shape.text.layers, heads)
+        found = build(request, device, Choice("all_first", True, 1, vision, text, text, tiles))
+    found.save(plan)
 
 
 def _execute(
@@ -88,9 +112,6 @@ def _transformers(pipe: Connection, checkpoint: Path, image: Path, new_tokens: i
     from transformers.utils import logging
 
     from executor.prompt import build_prompt, load_tokenizer
-    from planner.plan import TokenIds
-    from planner.spec import read_checkpoint
-    from planner.workload import parse_image
 
     logging.disable_progress_bar()
     found = read_checkpoint(checkpoint)
@@ -102,9 +123,7 @@ def _transformers(pipe: Connection, checkpoint: Path, image: Path, new_tokens: i
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()  # from_pretrained maps the file
     planned = parse_image(str(image), min_pixels=found.min_pixels, max_pixels=found.max_pixels)
-    processor = Qwen2VLImageProcessorPil(
-        min_pixels=found.min_pixels, max_pixels=found.max_pixels
-    )
+    processor = Qwen2VLImageProcessorPil(min_pixels=found.min_pixels, max_pixels=found.max_pixels)
     with Image.open(image) as opened:
         pixels = processor(opened.convert("RGB"), return_tensors="pt")
     token_ids: TokenIds = found.shape.token_ids

@@ -67,9 +67,7 @@ def _command(
     return command + (["--vram", f"{budget}B"] if budget else [])
 
 
-def _plan(
-    checkpoint: Path, image: Path, budget: int | None, options: argparse.Namespace
-) -> Plan:
+def _plan(checkpoint: Path, image: Path, budget: int | None, options: argparse.Namespace) -> Plan:
     command = [sys.executable, "-m", "planner.cli", *_command(checkpoint, image, budget, options)]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -124,9 +122,7 @@ def _run(
         flush=True,
     )
     if options.out:
-        phases = {
-            p.phase: [p.expected_peak_bytes, p.seconds] for p in plan.prediction.phases
-        }
+        phases = {p.phase: [p.expected_peak_bytes, p.seconds] for p in plan.prediction.phases}
         found = {p["phase"]: [p["peak_bytes"], p["seconds"]] for p in record["phases"]}
         with options.out.open("a", encoding="utf-8") as file:
             line = {"checkpoint": checkpoint.name, "size": size, "budget": budget}
