@@ -91,8 +91,9 @@ class PixelSlot:
         self.blank()
 
     def blank(self) -> None:
-        # never written, so that its pages are the kernel's one zero page
-        array = np.zeros((self.image.height_px, self.image.width_px, 3), dtype=np.uint8)
+        # one pixel seen everywhere: an array of zeros may be taken from freed heap, and cleared
+        pixel = np.zeros((1, 1, 3), dtype=np.uint8)
+        array = np.broadcast_to(pixel, (self.image.height_px, self.image.width_px, 3))
         self.source = PixelSource(array, self.image)
 
     def rows(self, start: int, stop: int, out: Tensor) -> None:

@@ -89,17 +89,18 @@ def run(plan: Plan, request: Request, device: Device | None = None) -> Result:
             with memory_errors("images"):
                 open_images(request, plan, runs.slots)
             recorder.keep_host("images", max(0, (device.held_bytes() or 0) - (before or 0)))
-            reader = running.enter_context(
-                Reader(
-                    plan,
-                    device,
-                    request.locations,
-                    decode_iterations=prompt.iterations,
-                    alone=watched,
-                )
+            reader = Reader(
+                plan,
+                device,
+                request.locations,
+                decode_iterations=prompt.iterations,
+                alone=watched,
             )
             if plan.levers.order == "all_first":
+                running.enter_context(reader)
                 reader.begin_step(plan.steps[0])
+        if plan.levers.order != "all_first":
+            running.enter_context(reader)
         with running:
             loop = _Loop(
                 plan=plan,

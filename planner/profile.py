@@ -160,7 +160,7 @@ def load_profile(name: str) -> DeviceProfile:
     close = matches or difflib.get_close_matches(wanted, ids, n=4, cutoff=0.4)
     hint = f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(ids)}"
     raise InputError(
-        f"device: wanted the name of a profile, found {name!r}; {hint} (all: plan devices)"
+        f"device: wanted the name of a profile, found {name!r}; {hint}"
     )
 
 
