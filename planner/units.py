@@ -19,7 +19,7 @@ _FACTORS = {
     "GiB": GIB,
     "TiB": 2**40,
 }
-_SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?) ?([A-Za-z]{1,3})")
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([A-Za-z]{1,3})")
 
 
 def parse_bytes(text: str, *, what: str = "size") -> int:
