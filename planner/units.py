@@ -8,6 +8,8 @@ from planner.errors import UnitsError
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
+MOST_BYTES = 2**60
+
 _FACTORS = {
     "B": 1,
     "kB": 10**3,
@@ -40,6 +42,8 @@ def parse_bytes(text: str, *, what: str = "size") -> int:
     size_bytes = int(whole + fraction) * factor // scale
     if size_bytes <= 0:
         raise UnitsError(f"{what}: wanted a size above zero, found {text!r}")
+    if size_bytes > MOST_BYTES:
+        raise UnitsError(f"{what}: wanted a size of at most an exbibyte, found {text!r}")
     return size_bytes
 
 
