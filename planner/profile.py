@@ -159,9 +159,7 @@ def load_profile(name: str) -> DeviceProfile:
         return _load(matches[0])
     close = matches or difflib.get_close_matches(wanted, ids, n=4, cutoff=0.4)
     hint = f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(ids)}"
-    raise InputError(
-        f"device: wanted the name of a profile, found {name!r}; {hint}"
-    )
+    raise InputError(f"device: wanted the name of a profile, found {name!r}; {hint}")
 
 
 _MAKERS_WORDS = ("nvidia", "geforce", "tesla", "generation", "gpu")

@@ -23,7 +23,9 @@ class PhaseTime(NamedTuple):
 
 
 class Timeline(NamedTuple):
-    load_seconds: float  # until the first step may start, where all weights come first; part of `seconds`
+    load_seconds: (
+        float  # until the first step may start, where all weights come first; part of `seconds`
+    )
     phases: dict[Phase, PhaseTime]
     seconds: float
 
@@ -98,7 +100,9 @@ def timeline(
     stolen = stolen_seconds or {}
     ends: list[float] = []  # of steps, prefill and before
     copy_end: dict[str, float] = {}
-    landing: deque[tuple[float, float]] = deque()  # (end, stolen seconds) of copies no step has paid for
+    landing: deque[tuple[float, float]] = (
+        deque()
+    )  # (end, stolen seconds) of copies no step has paid for
     compute = copying = 0.0
     queue = [copy for copy in program.copies if copy.phase != "decode"]
     position = 0

@@ -1,0 +1,102 @@
+"""The orders of phases a choice can run in, and the same request with ideas off, to compare a plan with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from planner.assemble import Evaluated, evaluate
+from planner.plan import Order, Variant
+from planner.problem import Problem
+from planner.schedule import Choice, PhaseResidency
+
+
+def evaluate_ordered(problem: Problem, choice: Choice) -> Evaluated:
+    """Any setting worked out; under `prefetch` after the plain order, whose free bytes it fills."""
+    if choice.order != "prefetch":
+        return evaluate(problem, choice)
+    base = evaluate(problem, replace(choice, order="vision_then_llm"))
+    return prefetched(problem, choice, base)
+
+
+def prefetched(problem: Problem, choice: Choice, base: Evaluated) -> Evaluated:
+    """The order `prefetch`: each LLM resident arrives as early as its bytes are free until its death, under the peak that the plain order has anyway."""
+    drafted = base.program
+    capacity = base.layout.height_bytes
+    live = [step.live for step in base.bytes]
+    text_copies = [
+        copy
+        for copy in drafted.copies
+        if copy.phase == "prefill" and copy.buffer.startswith("weights/")
+    ]
+    vision_end = drafted.starts["prefill"] - 1
+    after: dict[str, int] = {}
+    earliest = 0
+    for copy in text_copies:
+        # alive from `start` on instead of from the end of the vision tower on
+        start = vision_end + 1
+        while start > earliest and live[start - 1] + copy.size_bytes <= capacity:
+            start -= 1
+        for index in range(start, vision_end + 1):
+            live[index] += copy.size_bytes
+        earliest = start  # in order of use
+        after[copy.unit] = start - 1
+    return evaluate(problem, replace(choice, order="prefetch"), prefetch_after=after)
+
+
+def variants(problem: Problem, best: Evaluated) -> tuple[Variant, ...]:
+    """The same request with each idea off, and all off."""
+    if not problem.workload.images:
+        return ()
+    choice, model = best.choice, problem.model
+    depth, layers = model.vision.depth, model.text.layers
+    sizes = problem.unit_sizes(choice.tiles.vocabulary_rows)
+    heads = sum(1 for unit in sizes if unit.startswith("text/lm_head["))
+    vision = PhaseResidency(depth, depth)
+    text = PhaseResidency(layers, layers, heads)
+    untiled = choice.tiles.model_copy(
+        update={
+            "window_rows": 2**30,
+            "query_rows": 2**30,
+            "query_heads": model.vision.heads,
+            "prompt_rows": 2**30,
+            "prompt_heads": model.text.kv_heads,
+        }
+    )
+    order: Order = "all_first"
+    settings = [
+        (
+            "LLM beside the vision tower (SUM)",
+            replace(choice, order=order, prefill=text, decode=text),
+            "LLM weights first",
+        ),
+        (
+            "vision weights resident",
+            replace(choice, vision=vision),
+            "the tower whole",
+        ),
+        (
+            "attention untiled",
+            replace(choice, tiles=untiled),
+            "one call, no scores",
+        ),
+        (
+            "all three off",
+            replace(choice, order=order, vision=vision, prefill=text, decode=text, tiles=untiled),
+            "",
+        ),
+    ]
+    budget = problem.request.budget_bytes
+    result = []
+    for name, setting, note in settings:
+        same = setting == choice
+        found = best if same else evaluate_ordered(problem, setting)
+        result.append(
+            Variant(
+                name=name,
+                bound_bytes=found.bound_bytes,
+                seconds=found.seconds + problem.profile.start_s,
+                fits=budget is None or found.bound_bytes <= budget,
+                note="as in this plan" if same else note,
+            )
+        )
+    return tuple(result)
