@@ -1,6 +1,6 @@
 """Predicted beside recorded peaks on the CPU, over models, images and budgets; prints a Markdown table.
 
-    python benchmarks/predicted_against_recorded.py CHECKPOINT... [--sizes 448x448 ...] [--budgets 4] [--out FILE.json]
+    python benchmarks/predicted_against_recorded.py CHECKPOINT... [--sizes 448x448 ...] [--budgets 4 | --vram SIZE] [--out FILE]
 
 Each cell plans with `plan` and runs with `execute`, in processes of their own. Budgets go from just above the stated
 minimum to unlimited. A run is over if it passes the plan's bound; it is off if expected and recorded peaks differ by
@@ -19,7 +19,7 @@ from pathlib import Path
 from PIL import Image
 
 from planner.plan import Plan
-from planner.units import MIB
+from planner.units import MIB, parse_bytes
 
 PHOTO = Path(__file__).parent.parent / "examples" / "earth_3840x2160.jpg"
 PROMPT = "Describe this image."
@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("checkpoints", nargs="+", type=Path)
     parser.add_argument("--sizes", nargs="+", default=["448x448", "1920x1080"])
     parser.add_argument("--budgets", type=int, default=4)
+    parser.add_argument("--vram", help="one budget, in place of --budgets")
     parser.add_argument("--new-tokens", type=int, default=8)
     parser.add_argument("--check", action="store_true", help="watch every step")
     parser.add_argument("--out", type=Path, help="append one JSON line a run")
@@ -76,7 +77,9 @@ def _plan(checkpoint: Path, image: Path, budget: int | None, options: argparse.N
 
 
 def _budgets(checkpoint: Path, image: Path, options: argparse.Namespace) -> list[int | None]:
-    """From 1 MiB above the minimum to unlimited, evenly between."""
+    """From 1 MiB above the minimum to unlimited, evenly between; or the one that was asked for."""
+    if options.vram:
+        return [parse_bytes(options.vram, what="--vram")]
     free = _plan(checkpoint, image, None, options).prediction
     low = free.smallest_budget_bytes + MIB
     steps = max(options.budgets - 1, 1)
