@@ -25,6 +25,7 @@ $(DEMO)/small: $(VENV)/.core
 run: $(DEMO)/small
 	$(BIN)/plan --vram 500MB --device cpu --model $(DEMO)/small --image examples/astronaut.jpg \
 	    --prompt "What is in this picture?" --max-new-tokens 24 --out $(DEMO)/plan.json
+	@echo "The weights of $(DEMO)/small are random, so the answer is noise:"
 	$(BIN)/execute $(DEMO)/plan.json --model $(DEMO)/small --image examples/astronaut.jpg \
 	    --prompt "What is in this picture?"
 
