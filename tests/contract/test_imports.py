@@ -33,16 +33,32 @@ def test_plan_imports_neither_torch_nor_anything_else_heavy(words: list[str]) ->
     assert not loaded & set(HEAVY)
 
 
+YARDSTICK = """
+total = 0
+for i in range(4_000_000):
+    total += i * i % 7
+"""
+YARDSTICK_S = 0.40  # processor seconds of that loop on the machine that the second is meant for, measured 2026-11-23
+
+
+def processor_seconds(command: list[str]) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 @pytest.mark.parametrize("words", [["--vram", "16GB"], ["--vram", "16GB", "--model", "72b"]])
 def test_plan_answers_within_a_second(words: list[str]) -> None:
-    """Best of three, start of the process included, in processor seconds: one thread, and other processes do not count."""
+    """Best of three, start of the process included, in processor seconds: one thread, and other processes do not count.
+
+    A machine that is slowed down from outside is given that much more, told by a plain loop timed beside each try.
+    """
+    command = [sys.executable, "-m", "planner.cli", *words]
     taken = []
     for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-m", "planner.cli", *words]
-        subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        slower = max(1.0, processor_seconds([sys.executable, "-c", YARDSTICK]) / YARDSTICK_S)
+        taken.append(processor_seconds(command) / slower)
     assert min(taken) < 1.0, taken
 
 
