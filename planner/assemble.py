@@ -31,7 +31,6 @@ from planner.schedule import Choice, Program, program, resident_units
 from planner.simulate import (
     StepBytes,
     Timeline,
-    peak_bytes,
     queue_order,
     reserved_bytes,
     step_bytes,
@@ -39,6 +38,7 @@ from planner.simulate import (
 )
 from planner.template import units
 from planner.workload import host_bytes
+from planner.workspace import peak_bytes
 
 
 @dataclass(frozen=True, slots=True)

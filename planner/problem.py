@@ -22,7 +22,6 @@ from planner.plan import (
 )
 from planner.profile import DeviceProfile
 from planner.schedule import StepDraft
-from planner.simulate import peak_bytes
 from planner.spec import Checkpoint
 from planner.template import unit_sizes
 from planner.workload import host_bytes
@@ -116,7 +115,7 @@ class Problem:
         On a card blocks outside the arena stay reserved when they are given back: they count once for the whole plan,
         not with the step.
         """
-        outside = peak_bytes(self.outside(kind, phase, tiles, images))
+        outside = workspace.peak_bytes(self.outside(kind, phase, tiles, images))
         scratch = self.scratch(kind, phase, tiles, images).size_bytes
         return (scratch + outside if self.on_cpu else scratch), outside
 

@@ -12,6 +12,7 @@ from planner.allocator import CachingAllocator
 from planner.graph import Intervals, start_index
 from planner.plan import DTYPE_BYTES, ModelShape, Outside, Phase, Workload
 from planner.schedule import CopyDraft, Program
+from planner.workspace import peak_bytes
 
 ITERATIONS = 3  # of the decode loop: first, steady, and one more to measure the steady period
 
@@ -271,19 +272,6 @@ def _written(
         (view.offset_bytes, view.offset_bytes + workload.prompt_tokens * row)
         for view in buffer.views
     ]
-
-
-def peak_bytes(outside: Sequence[Outside]) -> int:
-    """The largest sum of blocks that are alive together."""
-    changes: dict[int, int] = {}
-    for block in outside:
-        changes[block.birth] = changes.get(block.birth, 0) + block.size_bytes
-        changes[block.death] = changes.get(block.death, 0) - block.size_bytes
-    total = peak = 0
-    for moment in sorted(changes):
-        total += changes[moment]
-        peak = max(peak, total)
-    return peak
 
 
 def reserved_bytes(

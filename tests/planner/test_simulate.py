@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from planner.allocator import CachingAllocator
 from planner.plan import Outside
 from planner.schedule import PhaseResidency, Program, program
-from planner.simulate import Ranges, peak_bytes, queue_order, reserved_bytes, timeline
+from planner.simulate import Ranges, queue_order, reserved_bytes, timeline
 from planner.template import unit_sizes
 from planner.units import MIB
+from planner.workspace import peak_bytes
 
 # --- seconds --------------------------------------------------------------------------------------------------------
 
