@@ -52,8 +52,8 @@ def pack_views(parts: Iterable[tuple[str, str, tuple[int, ...]]]) -> Layouted:
         size_bytes = DTYPE_BYTES[dtype]
         for extent in shape:
             size_bytes *= extent
-        offset += _up(size_bytes, VIEW_ALIGNMENT)
-    return Layouted(tuple(views), _up(offset, ALIGNMENT))
+        offset += round_up(size_bytes, VIEW_ALIGNMENT)
+    return Layouted(tuple(views), round_up(offset, ALIGNMENT))
 
 
 def vision_scratch(
@@ -177,5 +177,6 @@ def _largest_tile(windows: tuple[WindowRun, ...], tile_rows: int) -> int:
     return max(tile.stop - tile.start for tile in window_tiles(windows, tile_rows))
 
 
-def _up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple of `multiple` that is not below `value`."""
     return -(-value // multiple) * multiple

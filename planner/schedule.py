@@ -125,7 +125,7 @@ def program(
     """The program of one choice.
 
     `prefetch_after` (unit to step index) is where LLM residents may start to arrive under the order `prefetch`
-    (`planner.search` finds it from the free space); without it they arrive after the vision tower.
+    (`planner.variants` finds it from the free space); without it they arrive after the vision tower.
     """
     heads = sum(1 for unit in unit_sizes if unit.startswith("text/lm_head["))
     drafts = _Drafts(choice, model, workload, unit_sizes, heads)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from planner.buffers import round_up
 from planner.plan import DTYPE_BYTES, ModelShape, TextShape, Unit, UnitTensor, VisionShape, spans
 
 TENSOR_ALIGNMENT = 64
@@ -188,15 +189,15 @@ def _unit(
                 size_bytes=size_bytes,
             )
         )
-        offset += _up(size_bytes, TENSOR_ALIGNMENT)
+        offset += round_up(size_bytes, TENSOR_ALIGNMENT)
     return Unit.model_construct(
-        id=unit, tensors=tuple(placed), size_bytes=_up(offset, UNIT_ALIGNMENT)
+        id=unit, tensors=tuple(placed), size_bytes=round_up(offset, UNIT_ALIGNMENT)
     )
 
 
 def _size(tensors: Local, dtype: str) -> int:
-    total = sum(_up(_tensor_bytes(shape, dtype), TENSOR_ALIGNMENT) for _, shape in tensors)
-    return _up(total, UNIT_ALIGNMENT)
+    total = sum(round_up(_tensor_bytes(shape, dtype), TENSOR_ALIGNMENT) for _, shape in tensors)
+    return round_up(total, UNIT_ALIGNMENT)
 
 
 def _tensor_bytes(shape: tuple[int, ...], dtype: str) -> int:
@@ -204,7 +205,3 @@ def _tensor_bytes(shape: tuple[int, ...], dtype: str) -> int:
     for extent in shape:
         size_bytes *= extent
     return size_bytes
-
-
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
