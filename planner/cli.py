@@ -6,10 +6,12 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from planner.arguments import Parser, count, tokens
 from planner.errors import InputError, RunFailed, StowplanError
 from planner.units import format_gib, parse_bytes
 
@@ -22,8 +24,13 @@ INTERRUPTED = 130
 DEFAULT_MODEL = "7b"
 DEFAULT_IMAGE = "3840x2160"
 DEFAULT_DEVICE = "rtx-5080-16gb"
-MOST = 10**6  # tokens that --prompt-tokens, --max-new-tokens and --context-tokens take
 COLUMNS = 80
+# modules with a main(arguments) that returns the exit code and raises what this module's main catches
+COMMANDS = {
+    "devices": "planner.devices",
+    "pack": "planner.pack_csv",
+    "replay": "planner.replay",
+}
 
 EPILOG = """\
 `plan --vram 16GB` alone plans the 7B model with one 3840x2160 image, 64 prompt tokens beyond the template and 128
@@ -33,15 +40,14 @@ exit codes: 0 fits, 1 the plan could not be written, 2 usage or bad input, 3 doe
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see: plan --help")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of one `plan`. Never a traceback for a user's mistake."""
     try:
-        _plan(_parser().parse_args(sys.argv[1:] if arguments is None else arguments))
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        if words and words[0] in COMMANDS:
+            command: Callable[[list[str]], int] = import_module(COMMANDS[words[0]]).main
+            return command(words[1:])
+        _plan(_parser().parse_args(words))
         return 0
     except StowplanError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -56,12 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="plan",
         description="Plan how a Qwen2.5-VL fits a memory budget: no GPU, no weights, under a second.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add(
@@ -83,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--max-pixels",
-        type=_count,
+        type=count,
         metavar="N",
         help="shrink images to N pixels at most (default: as the checkpoint says); llama.cpp's --image-max-tokens is N / 784",
     )
@@ -95,20 +99,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     text.add_argument(
         "--prompt-tokens",
-        type=_tokens,
+        type=tokens,
         metavar="N",
         help="tokens of the question, beyond the template and the images (default: 64)",
     )
     add(
         "--max-new-tokens",
-        type=_tokens,
+        type=tokens,
         default=128,
         metavar="N",
         help="tokens of the answer (default: 128)",
     )
     add(
         "--context-tokens",
-        type=_tokens,
+        type=tokens,
         metavar="N",
         help="capacity of the KV cache (default: prompt and answer)",
     )
@@ -126,23 +130,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="FILE", help="write the plan, for: execute FILE")
     add("--json", action="store_true", help="print the plan itself, one JSON document")
     return parser
-
-
-def _count(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"wanted a whole number, found {text!r}") from None
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"wanted at least 1, found {number}")
-    return number
-
-
-def _tokens(text: str) -> int:
-    number = _count(text)
-    if number > MOST:
-        raise argparse.ArgumentTypeError(f"wanted at most {MOST}, found {number}")
-    return number
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -385,6 +385,21 @@ class Variant(Frozen):
     note: str
 
 
+class Move(Frozen):
+    """One thing the plan does to fit: how much less it needs than without it, and what that costs in seconds (negative: it is faster too)."""
+
+    name: str
+    saved_bytes: int
+    paid_seconds: float
+
+
+class BudgetPoint(Frozen):
+    """The same request under another budget: the least one with that time."""
+
+    budget_bytes: int
+    seconds: float
+
+
 class Prediction(Frozen):
     phases: tuple[PhasePrediction, ...]
     peak_step: str
@@ -398,6 +413,9 @@ class Prediction(Frozen):
     candidates: int
     smallest_budget_bytes: int
     variants: tuple[Variant, ...]
+    moves: tuple[Move, ...] = ()
+    cheaper: BudgetPoint | None = None  # the next budget below, and what it costs
+    faster: BudgetPoint | None = None  # the next budget above, and what it brings
 
 
 # --- all of it ----------------------------------------------------------------------------------------------------
