@@ -17,6 +17,7 @@ from planner.plan import (
     HostBuffer,
     Levers,
     MemoryTerm,
+    Move,
     Outside,
     PhasePrediction,
     Plan,
@@ -241,6 +242,7 @@ def assemble(
     candidates: int,
     smallest_bytes: int,
     variants: tuple[Variant, ...],
+    moves: tuple[Move, ...] = (),
 ) -> Plan:
     """The Plan of an evaluated choice. Deterministic: the same request gives the same bytes."""
     request, profile = problem.request, problem.profile
@@ -336,6 +338,7 @@ def assemble(
             candidates=candidates,
             smallest_budget_bytes=smallest_bytes,
             variants=variants,
+            moves=moves,
         ),
     )
 

@@ -16,10 +16,11 @@ from planner.assemble import Evaluated, assemble, draft, evaluate, work_out
 from planner.candidates import Candidate, candidates
 from planner.certificate import certificate, least_plan
 from planner.errors import BudgetTooSmall
-from planner.plan import Plan, Tiles
+from planner.moves import moves, usual, usual_choice
+from planner.plan import Plan
 from planner.problem import Problem, Request
 from planner.profile import DeviceProfile
-from planner.schedule import Choice, PhaseResidency
+from planner.schedule import Choice
 from planner.units import MIB, format_gib
 from planner.variants import evaluate_ordered, prefetched, variants
 
@@ -46,7 +47,8 @@ def search(request: Request, device: DeviceProfile) -> Plan:
         lower_bound=min(lower_bound, best.seconds),
         candidates=weighed,
         smallest_bytes=smallest.bound_bytes,
-        variants=variants(problem, best),
+        variants=(*variants(problem, best), usual(problem)),
+        moves=moves(problem, best),
     )
 
 
@@ -73,22 +75,7 @@ def build(request: Request, device: DeviceProfile, choice: Choice) -> Plan:
 def usual_way(request: Request, device: DeviceProfile) -> Plan:
     """The same request with every weight resident from the start (SUM) and no row tiles, whether it fits the budget or not; to compare with."""
     problem = Problem(request, device)
-    model, everything = problem.model, 2**30
-    tiles = Tiles(
-        patch_rows=everything,
-        window_rows=everything,
-        query_rows=everything,
-        query_heads=model.vision.heads,
-        vision_mlp_rows=everything,
-        merger_rows=everything,
-        prompt_rows=everything,
-        prompt_heads=model.text.kv_heads,
-        prompt_mlp_rows=everything,
-        vocabulary_rows=model.text.vocabulary,
-    )
-    vision = PhaseResidency(model.vision.depth, model.vision.depth)
-    text = PhaseResidency(model.text.layers, model.text.layers, 1)
-    found = evaluate(problem, Choice("all_first", True, 1, vision, text, text, tiles))
+    found = evaluate(problem, usual_choice(problem))
     return assemble(
         problem,
         found,

@@ -178,12 +178,13 @@ def test_pinned_tiles_are_kept_at_every_budget(kit: Any) -> None:
 def test_ideas_off_cost_more_bytes(kit: Any) -> None:
     workload = kit.workload(PHOTO, new=16)
     plan = kit.plan("7b", parse_bytes("16GB"), "rtx-5080-16gb", workload)
-    sum_, vision, untiled, all_off = plan.prediction.variants
+    sum_, vision, untiled, all_off, usual = plan.prediction.variants
     bound = plan.prediction.bound_peak_bytes
     assert sum_.bound_bytes > bound
     assert not sum_.fits
     assert untiled.bound_bytes > bound
-    assert all_off.bound_bytes >= max(v.bound_bytes for v in plan.prediction.variants)
+    assert all_off.bound_bytes >= max(v.bound_bytes for v in (sum_, vision, untiled))
+    assert usual.bound_bytes >= all_off.bound_bytes
     assert vision.bound_bytes >= bound - MIB
     assert all(v.fits == (v.bound_bytes <= 16 * 10**9) for v in plan.prediction.variants)
 
