@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from math import prod
 
 import torch
@@ -99,6 +100,14 @@ class Arena:
         """Bytes of the ranges (of the whole arena) that the device really holds."""
         return self._device.resident_bytes([(0, self.size_bytes)] if ranges is None else ranges)
 
+    def issue(self, call: Callable[[], None]) -> None:
+        """Put a call that works on the arena in the device's compute queue."""
+        self._device.issue(call)
+
+    def host_waits(self) -> None:
+        """Hold the host until all that was issued has run: before it reads a view."""
+        self._device.host_waits()
+
     def close(self) -> None:
         """Drop every view, so that the device can take the memory back."""
         self._views.clear()
@@ -109,7 +118,7 @@ class Arena:
     def fill_canaries(self, ranges: Iterable[Range]) -> None:
         """Fill dead ranges with bytes that read as NaN in every float type, so that a read of them shows in the answer."""
         for start, stop in ranges:
-            self._bytes[start:stop].fill_(0xFF)
+            self.issue(partial(_fill, self._bytes[start:stop]))
 
     def guard(self, step: Step) -> list[tuple[Range, int]]:
         """Checksums of what the step must not change: all outside the buffers it declares as written."""
@@ -241,6 +250,10 @@ def _check_place(
 
 def _alive(buffer: Buffer, index: int) -> bool:
     return any(birth <= index < death for birth, death in buffer.lifetimes)
+
+
+def _fill(piece: Tensor) -> None:
+    piece.fill_(0xFF)
 
 
 def _edges(span: Range) -> list[Range]:

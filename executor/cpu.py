@@ -154,6 +154,12 @@ class CpuDevice:
         return tuple(found)
 
     # queues
+    def issue(self, call: Callable[[], None]) -> None:
+        call()
+
+    def host_waits(self) -> None:
+        pass
+
     def mark_compute(self) -> Mark:
         return None
 

@@ -8,28 +8,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from executor.device import Chunk, Files, Range
+from executor.device import Range
+from executor.queues import Queued
 from planner.errors import DoesNotFit, OutOfMemory, RunFailed
-from planner.units import MIB, format_gib
-
-PIECE_BYTES = 64 * MIB  # a power of two: the pinned allocator rounds up to one
-RING_PIECES = 3  # one being read, one being copied, one in between
+from planner.units import format_gib
 
 
-class RingPiece(NamedTuple):
-    """One pinned piece of the ring, and the event after which it may be filled anew."""
+class CudaStreams:
+    """Compute on the current stream, copies on one of their own, on which nothing is allocated."""
 
-    pinned: Tensor
-    view: memoryview
-    free: Any  # torch.cuda.Event
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.copy: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    @property
+    def compute(self) -> Any:
+        return torch.cuda.current_stream(self._device)
+
+    def pin(self, size_bytes: int) -> Tensor:
+        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def move(self, moves: Sequence[tuple[Tensor, Tensor]]) -> None:
+        with torch.cuda.stream(self.copy):
+            for target, source in moves:
+                target.copy_(source, non_blocking=True)
 
 
-class CudaDevice:
+class CudaDevice(Queued):
     """Marks are events; device peaks are what the allocator reserved plus what the driver holds beside it."""
 
     kind: Literal["cuda"] = "cuda"
@@ -49,10 +59,7 @@ class CudaDevice:
         torch.cuda.set_device(self.torch_device)
         self.name = torch.cuda.get_device_name(self.torch_device)
         torch.cuda.init()  # type: ignore[no-untyped-call]
-        self._arena: Tensor | None = None
-        self._copy_stream: Any = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
-        self._ring: list[RingPiece] = []
-        self._next = 0
+        super().__init__(CudaStreams(self.torch_device))
         self._nvml = _Nvml.open(self.torch_device)
         # the context exists from the first allocation on; what others hold on the card is told apart by NVML alone
         torch.empty(1, device=self.torch_device)
@@ -68,19 +75,8 @@ class CudaDevice:
                 f"the arena needs {format_gib(size_bytes)}; the card has {format_gib(free)} of {format_gib(total)} free; "
                 "close other programs or plan for a smaller budget"
             ) from None
-        self._fill_ring()
+        self.fill_ring()
         return self._arena
-
-    def _fill_ring(self) -> None:
-        try:
-            for _ in range(RING_PIECES):
-                pinned = torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True)
-                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                self._ring.append(RingPiece(pinned, pinned.numpy().data, event))
-        except RuntimeError as error:
-            raise OutOfMemory(
-                f"{RING_PIECES} pinned pieces of {PIECE_BYTES // MIB} MiB of host memory were refused: {error}"
-            ) from None
 
     def reserve_outside(self, size_bytes: int) -> None:
         if size_bytes:
@@ -138,34 +134,7 @@ class CudaDevice:
             "install nvidia-ml-py for this process alone",
         )
 
-    # queues
-    def mark_compute(self) -> Any:
-        return torch.cuda.current_stream(self.torch_device).record_event()
-
-    def mark_copy(self) -> Any:
-        return self._copy_stream.record_event()
-
-    def compute_waits(self, mark: Any) -> None:
-        torch.cuda.current_stream(self.torch_device).wait_event(mark)
-
-    def copy_waits(self, mark: Any) -> None:
-        if mark is not None:
-            self._copy_stream.wait_event(mark)
-
-    def fill(self, chunk: Chunk, files: Files) -> None:
-        assert self._arena is not None, "the arena comes before the first copy"
-        for offset_bytes, size_bytes, moves in pieces_of(chunk, PIECE_BYTES):
-            piece = self._ring[self._next]
-            self._next = (self._next + 1) % len(self._ring)
-            # the piece's last copy must have left it; an event never recorded counts as reached
-            piece.free.synchronize()
-            files.read(chunk.path, offset_bytes, [piece.view[:size_bytes]])
-            with torch.cuda.stream(self._copy_stream):
-                for at, start, stop in moves:
-                    source = piece.pinned[at : at + stop - start]
-                    self._arena[start:stop].copy_(source, non_blocking=True)
-                piece.free.record(self._copy_stream)
-
+    # queues: see Queued
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)
 
@@ -181,40 +150,12 @@ class CudaDevice:
     def close(self) -> None:
         # both queues must be idle before their memory goes
         torch.cuda.synchronize(self.torch_device)
-        for piece in self._ring:
-            piece.view.release()
-        self._ring.clear()
+        self.drop_ring()
         self._arena = None
         torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
         torch.cuda.empty_cache()
         if self._nvml is not None:
             self._nvml.close()
-
-
-class Part(NamedTuple):
-    """One pinned piece's share of a chunk: a read of the file, then moves of (offset in the piece, arena start, arena stop)."""
-
-    offset_bytes: int
-    size_bytes: int
-    moves: tuple[tuple[int, int, int], ...]
-
-
-def pieces_of(chunk: Chunk, piece_bytes: int) -> list[Part]:
-    """The chunk cut into parts of at most `piece_bytes`, in order."""
-    parts: list[Part] = []
-    offset_bytes, at = chunk.offset_bytes, 0
-    moves: list[tuple[int, int, int]] = []
-    for start, stop in chunk.targets:
-        while start < stop:
-            take = min(stop - start, piece_bytes - at)
-            moves.append((at, start, start + take))
-            start, at = start + take, at + take
-            if at == piece_bytes:
-                parts.append(Part(offset_bytes, at, tuple(moves)))
-                offset_bytes, at, moves = offset_bytes + at, 0, []
-    if moves:
-        parts.append(Part(offset_bytes, at, tuple(moves)))
-    return parts
 
 
 class _Nvml:

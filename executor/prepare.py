@@ -358,9 +358,14 @@ def run_of(
 
 
 def call_step(step: Step, run: VisionRun | TextRun, arena: Arena) -> None:
-    """Run the step's function; OutOfMemory names the step where memory is refused."""
-    with memory_errors(step.id), torch.inference_mode():
-        STEPS[step.kind](run, step, arena.weights(step), arena.views(step))
+    """Issue the step's function; OutOfMemory names the step where memory is refused."""
+    weights, views = arena.weights(step), arena.views(step)
+
+    def call() -> None:
+        with memory_errors(step.id), torch.inference_mode():
+            STEPS[step.kind](run, step, weights, views)
+
+    arena.issue(call)
 
 
 @contextmanager

@@ -68,8 +68,6 @@ def run(plan: Plan, request: Request, device: Device | None = None) -> Result:
         device = device or open_device(request)
         stack.enter_context(closing(device))
         recorder = Recorder(device, check=request.check, age_s=request.age_s)
-        # what watches or poisons the arena around a step needs the reader to hold still meanwhile
-        watched = request.check or request.poison
         running = stack.enter_context(ExitStack())
         with recorder.phase("load", arena_bytes=lambda: arena.resident_bytes()):
             check_kernels(plan, device)
@@ -94,7 +92,8 @@ def run(plan: Plan, request: Request, device: Device | None = None) -> Result:
                 device,
                 request.locations,
                 decode_iterations=prompt.iterations,
-                alone=watched,
+                # what watches the arena around a step needs the reader to hold still meanwhile
+                alone=request.check,
             )
             if plan.levers.order == "all_first":
                 running.enter_context(reader)
@@ -247,14 +246,14 @@ class _Loop:
                     self.arena.fill_canaries(self.arena.dead_ranges(index + 1))
         self.reader.finish_step(step)
         if step.kind == "patch_embed":
-            for image in step.images:
-                self.runs.slots[image].source = None
+            self.arena.issue(partial(_drop_images, self.runs, step))
             self.recorder.keep_host("images", 0)
         if step.kind == "merger" and self.outputs:
             self._save_features(step)
 
     def _sample(self, step: Step) -> None:
         logits = self.arena.views(step)["logits"]
+        self.arena.host_waits()
         token = next_token(logits, self.seen, self.sampling, self.draws)
         if self.outputs:
             if not self.tokens:
@@ -268,6 +267,7 @@ class _Loop:
     def _save_features(self, step: Step) -> None:
         assert self.outputs is not None
         views = self.arena.views(step)
+        self.arena.host_waits()
         x = views.get("prefill/x", views["x"])
         for image in step.images:
             first, rows = self.prompt.image_spans[image]
@@ -276,6 +276,11 @@ class _Loop:
     def _ended(self) -> bool:
         stop = self.plan.model.token_ids.stop if self.request.stop is None else self.request.stop
         return bool(self.tokens) and self.tokens[-1] in stop
+
+
+def _drop_images(runs: Runs, step: Step) -> None:
+    for image in step.images:
+        runs.slots[image].source = None
 
 
 def _watch_outside(

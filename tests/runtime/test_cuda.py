@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from executor.cuda import pieces_of
 from executor.device import Chunk
+from executor.queues import pieces_of
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 7, 64, 100, 1000])
