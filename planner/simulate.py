@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,10 +10,9 @@ from typing import NamedTuple
 from planner.allocator import CachingAllocator
 from planner.graph import Intervals, start_index
 from planner.plan import DTYPE_BYTES, ModelShape, Outside, Phase, Workload
+from planner.queues import Job, line, loop, queue
 from planner.schedule import CopyDraft, Program
 from planner.workspace import peak_bytes
-
-ITERATIONS = 3  # of the decode loop: first, steady, and one more to measure the steady period
 
 
 class PhaseTime(NamedTuple):
@@ -38,52 +36,12 @@ def queue_order(
     *,
     patient: bool,
 ) -> tuple[CopyDraft, ...]:
-    """The copies in the order of a queue that takes, of those that may start, the one needed first.
-
-    A `patient` queue rather stays idle than take a copy that would make the next refill of a staging slot late.
-    Found by walking both queues with predicted seconds; being the order of a walk that ended, it cannot deadlock.
-    The copies of decode keep their order.
-    """
-    by_after: dict[int, list[CopyDraft]] = {}
-    for copy in sorted(program.copies, key=lambda copy: copy.need):
-        if copy.phase != "decode":
-            by_after.setdefault(copy.after, []).append(copy)
-    released = by_after.pop(-1, [])  # may start, by need
-    upcoming = sorted(after for after in by_after)
-    order: list[CopyDraft] = []
-    ends: dict[str, float] = {}
-    before = [0.0]  # seconds of all steps before each
-    for seconds in step_seconds:
-        before.append(before[-1] + seconds)
-    compute = copying = 0.0
-
-    def take(copy: CopyDraft) -> None:
-        nonlocal copying
-        released.remove(copy)
-        copying += copy_seconds[copy.id]
-        ends[copy.id] = copying
-        order.append(copy)
-
-    for index, step in enumerate(program.steps[: program.decode_start]):
-        while not all(waited in ends for waited in step.waits):
-            take(released[0])
-        compute = max([compute, *(ends[waited] for waited in step.waits)]) + step_seconds[index]
-        while upcoming and upcoming[0] < index:
-            upcoming.pop(0)
-        latest = float("inf")
-        if patient and upcoming:
-            refill = by_after[upcoming[0]][0]
-            idle = before[refill.need] - before[index + 1]
-            latest = compute + idle - copy_seconds[refill.id]
-        while released and copying < compute and copying + copy_seconds[released[0].id] <= latest:
-            take(released[0])
-        arrived = by_after.get(index, [])
-        if arrived:
-            copying = max(copying, compute)
-            released = sorted([*released, *arrived], key=lambda copy: copy.need)
-    order += released
-    order += [copy for copy in program.copies if copy.phase == "decode"]
-    return tuple(order)
+    """The copies in the order of their queue (`planner.queues.queue`); those of decode keep theirs."""
+    copies = [copy for copy in program.copies if copy.phase != "decode"]
+    steps = step_seconds[: program.decode_start]
+    order = queue(steps, _jobs(copies, copy_seconds, {}), patient=patient)
+    decode = (copy for copy in program.copies if copy.phase == "decode")
+    return (*(copies[number] for number in order), *decode)
 
 
 def timeline(
@@ -99,33 +57,13 @@ def timeline(
     (on the CPU both use the same cores). The decode loop is walked a few times and its steady period repeated.
     """
     stolen = stolen_seconds or {}
-    ends: list[float] = []  # of steps, prefill and before
-    copy_end: dict[str, float] = {}
-    landing: deque[tuple[float, float]] = (
-        deque()
-    )  # (end, stolen seconds) of copies no step has paid for
-    compute = copying = 0.0
-    queue = [copy for copy in program.copies if copy.phase != "decode"]
-    position = 0
-    load = 0.0
+    start = program.decode_start
+    copies = [copy for copy in program.copies if copy.phase != "decode"]
+    ends, begin = line(step_seconds[:start], _jobs(copies, copy_seconds, stolen))
+    load = begin if program.choice.order == "all_first" else 0.0
     boundaries: dict[Phase, float] = {}
-    for index, step in enumerate(program.steps[: program.decode_start]):
-        # the queue stops at the first copy that comes after a step not yet run
-        while position < len(queue) and queue[position].after < index:
-            copy = queue[position]
-            ready = ends[copy.after] if copy.after >= 0 else 0.0
-            copying = max(copying, ready) + copy_seconds[copy.id]
-            copy_end[copy.id] = copying
-            landing.append((copying, stolen.get(copy.id, 0.0)))
-            position += 1
-        start = max([compute, *(copy_end[waited] for waited in step.waits)])
-        if index == 0 and program.choice.order == "all_first":
-            load = start
-        while landing and landing[0][0] <= start:
-            landing.popleft()  # landed while nothing ran
-        compute = _pay(landing, start + step_seconds[index])
-        ends.append(compute)
-        boundaries[step.phase] = compute
+    for step, end in zip(program.steps, ends, strict=False):
+        boundaries[step.phase] = end
     phases: dict[Phase, PhaseTime] = {}
     before = load
     for phase, end in boundaries.items():
@@ -135,73 +73,37 @@ def timeline(
         moved = sum(copy_seconds[c.id] for c in program.copies if c.phase == phase)
         phases[phase] = PhaseTime(end - before, busy, moved)
         before = end
-    if not program.decode_repeats:
-        return Timeline(load, phases, before)
-    first, period, moved = _loop(program, step_seconds, copy_seconds, stolen, compute, copying)
     repeats = program.decode_repeats
-    seconds = first + (repeats - 1) * period
-    busy = sum(step_seconds[program.decode_start :]) * repeats
+    if not repeats:
+        return Timeline(load, phases, before)
+    copies = [copy for copy in program.copies if copy.phase == "decode"]
+    seconds = loop(
+        step_seconds[start:], _jobs(copies, copy_seconds, stolen, start), repeats
+    ).seconds(repeats)
+    busy = sum(step_seconds[start:]) * repeats
+    moved = sum(copy_seconds[c.id] * (1 if c.once else repeats) for c in copies)
     phases["decode"] = PhaseTime(seconds, busy, moved)
     return Timeline(load, phases, before + seconds)
 
 
-def _pay(landing: deque[tuple[float, float]], end: float) -> float:
-    """The end of a step that would end at `end`, later by what copies that land before it steal."""
-    while landing and landing[0][0] <= end:
-        end += landing.popleft()[1]
-    return end
-
-
-def _loop(
-    program: Program,
-    step_seconds: Sequence[float],
+def _jobs(
+    copies: Sequence[CopyDraft],
     copy_seconds: Mapping[str, float],
     stolen: Mapping[str, float],
-    compute: float,
-    copying: float,
-) -> tuple[float, float, float]:
-    """Seconds of the first iteration and of a steady one, and copy seconds of the whole loop."""
-    start = program.decode_start
-    begin = compute
-    copies = [copy for copy in program.copies if copy.phase == "decode"]
-    marks = []
-    previous: dict[int, float] = {}
-    landing: deque[tuple[float, float]] = deque()
-    for iteration in range(min(ITERATIONS, program.decode_repeats)):
-        ends: dict[int, float] = {}
-        copy_end: dict[str, float] = {}
-        queue = [copy for copy in copies if iteration == 0 or not copy.once]
-        position = 0
-        for index in range(start, len(program.steps)):
-            # a queue sorted by need: run on as long as the step it comes after has ended
-            while position < len(queue) and _known(queue[position], ends, start):
-                copy = queue[position]
-                ready = begin
-                if copy.wraps:
-                    ready = previous.get(copy.after, begin)
-                elif copy.after >= start:
-                    ready = ends[copy.after]
-                copying = max(copying, ready) + copy_seconds[copy.id]
-                copy_end[copy.id] = copying
-                landing.append((copying, stolen.get(copy.id, 0.0)))
-                position += 1
-            waits = [copy_end[w] for w in program.steps[index].waits if w in copy_end]
-            begun = max([compute, *waits])
-            while landing and landing[0][0] <= begun:
-                landing.popleft()
-            compute = _pay(landing, begun + step_seconds[index])
-            ends[index] = compute
-        previous = ends
-        marks.append(compute)
-    first = marks[0] - begin
-    period = marks[-1] - marks[-2] if len(marks) > 1 else 0.0
-    once = sum(copy_seconds[copy.id] for copy in copies if copy.once)
-    each = sum(copy_seconds[copy.id] for copy in copies if not copy.once)
-    return first, period, once + each * program.decode_repeats
-
-
-def _known(copy: CopyDraft, ends: Mapping[int, float], start: int) -> bool:
-    return copy.wraps or copy.after < start or copy.after in ends
+    start: int = 0,
+) -> list[Job]:
+    """The copies as the queues see them, steps counted from `start`; what comes after an earlier step may start at once."""
+    return [
+        Job(
+            copy.need - start,
+            max(copy.after - start, -1),
+            copy_seconds[copy.id],
+            stolen.get(copy.id, 0.0),
+            copy.wraps,
+            copy.once,
+        )
+        for copy in copies
+    ]
 
 
 # --- bytes --------------------------------------------------------------------------------------------------------
