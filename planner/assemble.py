@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from planner import graph as graphs
@@ -30,16 +31,23 @@ from planner.plan import (
 from planner.problem import Problem
 from planner.schedule import Choice, Program, program, resident_units
 from planner.simulate import (
+    CardBytes,
     StepBytes,
     Timeline,
+    card_bytes,
     queue_order,
-    reserved_bytes,
     step_bytes,
     timeline,
 )
 from planner.template import units
+from planner.units import MIB
 from planner.workload import host_bytes
 from planner.workspace import peak_bytes
+
+# Of what no walk sees on a card: whether cuBLASLt's workspace is its own or a temporary differs between versions of
+# torch, and a reduction may take a few counters; either is one more small segment at most.
+WORKSPACE_ERROR_BYTES = 2 * MIB
+BLOCKS_ERROR_BYTES = 2 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +68,9 @@ class Evaluated:
     context_error_bytes: int
     load_bytes: int
     expected: list[int]
+    card: CardBytes | None  # None on the CPU
+    workspace_error_bytes: int = 0
+    blocks_error_bytes: int = 0
 
     @property
     def seconds(self) -> float:
@@ -77,7 +88,12 @@ class Evaluated:
 
     @property
     def bound_bytes(self) -> int:
-        return self.peak_bytes + self.context_error_bytes
+        return self.peak_bytes + self.error_bytes
+
+    @property
+    def error_bytes(self) -> int:
+        """How much more than expected it may be, whatever the step."""
+        return self.context_error_bytes + self.workspace_error_bytes + self.blocks_error_bytes
 
 
 class Draft(NamedTuple):
@@ -146,12 +162,16 @@ def work_out(problem: Problem, drafted_: Draft) -> Evaluated:
             _priming_bytes(drafted, outside),
             host[0] + _loaded_bytes(drafted),
         )
+        card = None
+        workspace_error = blocks_error = 0
     else:
-        reserved = reserved_bytes(
-            layout.height_bytes, (profile.workspace_bytes, profile.lt_workspace_bytes), outside
-        )
-        expected = [context + reserved] * len(bytes_)
-        load = context
+        card = card_bytes(layout.height_bytes, problem.kept, outside)
+        # the arena and all that is kept are taken before the first weight is read
+        load = context + card.reserved
+        expected = [load] * len(bytes_)
+        doubled = [_declared_doubled(blocks) for blocks in outside]
+        more = card_bytes(layout.height_bytes, problem.kept, doubled).reserved - card.reserved
+        workspace_error, blocks_error = WORKSPACE_ERROR_BYTES, more + BLOCKS_ERROR_BYTES
     return Evaluated(
         choice=choice,
         program=drafted,
@@ -167,6 +187,20 @@ def work_out(problem: Problem, drafted_: Draft) -> Evaluated:
         context_error_bytes=profile.context_error_bytes,
         load_bytes=load,
         expected=expected,
+        card=card,
+        workspace_error_bytes=workspace_error,
+        blocks_error_bytes=blocks_error,
+    )
+
+
+@lru_cache(maxsize=1024)
+def _declared_doubled(blocks: tuple[Outside, ...]) -> tuple[Outside, ...]:
+    """The same blocks, those that no walk sees at twice their size."""
+    if not any(block.declared for block in blocks):
+        return blocks
+    return tuple(
+        block.model_copy(update={"size_bytes": 2 * block.size_bytes}) if block.declared else block
+        for block in blocks
     )
 
 
@@ -310,7 +344,9 @@ def assemble(
             context_bytes=found.context_bytes,
             context_error_bytes=found.context_error_bytes,
             max_tensor_bytes=profile.max_tensor_bytes,
-            allocator=profile.allocator,
+            allocator=problem.allocator,
+            alloc_conf=problem.alloc_conf,
+            kept=problem.kept,
         ),
         levers=Levers(
             order=choice.order,
@@ -327,7 +363,7 @@ def assemble(
         decode_repeats=drafted.decode_repeats,
         prediction=Prediction(
             phases=_phases(problem, found),
-            peak_step=steps[peak_index].id if found.peak_bytes > found.load_bytes else "load",
+            peak_step=steps[peak_index].id if max(found.expected) == found.peak_bytes else "load",
             terms=terms,
             expected_peak_bytes=found.peak_bytes,
             bound_peak_bytes=found.bound_bytes,
@@ -385,7 +421,8 @@ def peak_terms(problem: Problem, found: Evaluated, index: int) -> tuple[MemoryTe
         if any(birth <= index < death for birth, death in spans):
             buffer = drafted.buffers[name]
             by_kind[buffer.kind] = by_kind.get(buffer.kind, 0) + buffer.size_bytes
-    terms = [("context", found.context_bytes, profile.sources.get("context_bytes", profile.id))]
+    source = profile.sources.get("context_bytes", profile.id)
+    terms = [("context", found.context_bytes, found.context_error_bytes, source)]
     names = {
         "weights": "resident weights",
         "staging": "staging of streamed weights",
@@ -393,30 +430,49 @@ def peak_terms(problem: Problem, found: Evaluated, index: int) -> tuple[MemoryTe
         "residual": "residual streams",
         "scratch": "activations of a tile",
     }
-    terms += [(names[kind], by_kind[kind], "tensor shapes") for kind in names if kind in by_kind]
+    terms += [(names[kind], by_kind[kind], 0, "tensor shapes") for kind in names if kind in by_kind]
     step = found.bytes[index]
     # what lies in the arena without being alive: gaps, and pages not written yet (negative)
-    terms.append(("rest of the arena", step.resident - step.live, "layout"))
-    if problem.on_cpu:
-        terms.append(("kernels' own blocks", step.outside, "measured formulas per kernel"))
-        terms.append(("images on the host", found.host[index], "image sizes"))
+    terms.append(("rest of the arena", step.resident - step.live, 0, "layout"))
+    if found.card is None:
+        terms.append(("kernels' own blocks", step.outside, 0, "measured formulas per kernel"))
+        terms.append(("images on the host", found.host[index], 0, "image sizes"))
     else:
-        extra = found.expected[index] - found.context_bytes - step.resident
-        terms.append(("library workspaces and kernels' blocks", extra, "allocator rules"))
+        positions = sum(block.size_bytes for block in problem.kept if not block.declared)
+        libraries = sum(block.size_bytes for block in problem.kept if block.declared)
+        blocks = max(step.outside for step in found.bytes)
+        rest = found.card.reserved - step.resident - positions - libraries - blocks
+        terms += [
+            ("positions on the card", positions, 0, "tensor shapes"),
+            (
+                "library workspaces",
+                libraries,
+                found.workspace_error_bytes,
+                profile.sources.get("workspace_bytes", profile.id),
+            ),
+            (
+                "kernels' own blocks",
+                blocks,
+                found.blocks_error_bytes,
+                "formulas per kernel, walked; split keys by the kernel's heuristic, declared",
+            ),
+            ("allocator's rounding", rest, 0, "allocator rules"),
+        ]
     return tuple(
         MemoryTerm(
             name=name,
             expected_bytes=size,
-            error_bytes=found.context_error_bytes if name == "context" else 0,
+            error_bytes=error,
             source=source,
         )
-        for name, size, source in terms
-        if size or name == "context"
+        for name, size, error, source in terms
+        if size or error or name == "context"
     )
 
 
 def _phases(problem: Problem, found: Evaluated) -> tuple[PhasePrediction, ...]:
-    drafted = found.program
+    drafted, card = found.program, found.card
+    primed = max(_priming_bytes(drafted, found.outside), _loaded_bytes(drafted))
     result = [
         PhasePrediction(
             phase="load",
@@ -427,8 +483,10 @@ def _phases(problem: Problem, found: Evaluated) -> tuple[PhasePrediction, ...]:
             staging_bytes=0,
             outside_bytes=0,
             context_bytes=found.context_bytes,
+            allocated_peak_bytes=max(card.allocated) if card else primed,
+            reserved_peak_bytes=card.reserved if card else primed,
             expected_peak_bytes=found.load_bytes,
-            bound_peak_bytes=found.load_bytes + found.context_error_bytes,
+            bound_peak_bytes=found.load_bytes + found.error_bytes,
             seconds=problem.profile.start_s + found.time.load_seconds,
             compute_seconds=0.0,
             copy_seconds=0.0,
@@ -457,8 +515,16 @@ def _phases(problem: Problem, found: Evaluated) -> tuple[PhasePrediction, ...]:
                 staging_bytes=kinds["staging"],
                 outside_bytes=max(peak_bytes(found.outside[i]) for i in indexes),
                 context_bytes=found.context_bytes,
+                allocated_peak_bytes=max(
+                    card.allocated[i] if card else found.bytes[i].live + found.bytes[i].outside
+                    for i in indexes
+                ),
+                reserved_peak_bytes=max(
+                    card.reserved if card else found.bytes[i].resident + found.bytes[i].outside
+                    for i in indexes
+                ),
                 expected_peak_bytes=peak,
-                bound_peak_bytes=peak + found.context_error_bytes,
+                bound_peak_bytes=peak + found.error_bytes,
                 seconds=time.seconds,
                 compute_seconds=time.compute_seconds,
                 copy_seconds=time.copy_seconds,

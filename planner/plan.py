@@ -296,12 +296,17 @@ class HostBuffer(Frozen):
 
 
 class Outside(Frozen):
-    """Memory that a kernel takes itself, outside the arena, and gives back: `[birth, death)` in calls within the step's largest tile."""
+    """Memory that a kernel takes itself, outside the arena, and gives back.
+
+    Time is counted in the step's own allocations: `birth` is this one's number, `death` how many had been made when it
+    was given back. `declared`: taken by a kernel's inside, where no walk of the executor's code on the CPU sees it.
+    """
 
     name: str
     size_bytes: int
     birth: int
     death: int
+    declared: bool = False
 
 
 class Step(Frozen):
@@ -368,6 +373,8 @@ class PhasePrediction(Frozen):
     staging_bytes: int
     outside_bytes: int
     context_bytes: int
+    allocated_peak_bytes: int  # in live blocks; on the CPU arena bytes alive and kernels' blocks
+    reserved_peak_bytes: int  # held for blocks; on the CPU arena bytes held and kernels' blocks
     expected_peak_bytes: int
     bound_peak_bytes: int
     seconds: float
@@ -440,8 +447,16 @@ class Levers(Frozen):
     residency: tuple[Residency, ...]
 
 
+class Kept(Frozen):
+    """A block outside the arena that a card holds from before the first step to the end; `declared` as in Outside."""
+
+    name: str
+    size_bytes: int
+    declared: bool = False
+
+
 class DeviceTerms(Frozen):
-    """What the plan assumes of the device."""
+    """What the plan assumes of the device. `alloc_conf` is what PYTORCH_ALLOC_CONF must say; `kept` stands in the order of allocation."""
 
     profile: str
     kind: Literal["cpu", "cuda"]
@@ -450,6 +465,8 @@ class DeviceTerms(Frozen):
     context_error_bytes: int
     max_tensor_bytes: int
     allocator: str
+    alloc_conf: str = ""
+    kept: tuple[Kept, ...] = ()
 
 
 class Plan(Frozen):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 from planner import kept_code, workspace
 from planner.buffers import VISION_KINDS, Layouted, text_scratch, vision_scratch
@@ -26,6 +27,10 @@ from planner.spec import Checkpoint
 from planner.template import unit_sizes
 from planner.workload import host_bytes
 
+Allocator = Literal["native", "expandable"]
+# what PYTORCH_ALLOC_CONF must say for each
+ALLOC_CONF: dict[str, str] = {"native": "", "expandable": "expandable_segments:True"}
+
 COMPACT_BYTES_PER_TOKEN = 46  # of the published tokenizer.json: 7.03 MB for a vocabulary of 151,936
 
 
@@ -38,6 +43,7 @@ class Request:
     budget_bytes: int | None  # None: unlimited
     ram_bytes: int | None = None  # None: as the profile says
     tiles: Tiles | None = None
+    allocator: Allocator | None = None  # None: as the profile says
     command: str = "plan"
 
 
@@ -50,6 +56,10 @@ class Problem:
         self.workload = request.workload
         self.costs = Costs(self.model, profile)
         self.on_cpu = profile.kind == "cpu"
+        self.allocator = request.allocator or profile.allocator
+        self.alloc_conf = ALLOC_CONF[self.allocator]
+        workspaces = (profile.workspace_bytes, profile.lt_workspace_bytes)
+        self.kept = () if self.on_cpu else workspace.kept(self.model, request.workload, workspaces)
         self.machine = workspace.Machine(
             kind=profile.kind,
             kernel=self.kernel,

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from planner.allocator import CachingAllocator
+from planner.allocator import Block, CachingAllocator
 from planner.graph import Intervals, start_index
-from planner.plan import DTYPE_BYTES, ModelShape, Outside, Phase, Workload
+from planner.plan import DTYPE_BYTES, Kept, ModelShape, Outside, Phase, Workload
 from planner.queues import Job, line, loop, queue
 from planner.schedule import CopyDraft, Program
 from planner.workspace import peak_bytes
@@ -176,29 +176,51 @@ def _written(
     ]
 
 
-def reserved_bytes(
-    arena_bytes: int, workspaces: Sequence[int], outside: Sequence[tuple[Outside, ...]]
-) -> int:
-    """What the CUDA caching allocator reserves for the arena, library workspaces and the steps' own blocks.
+class CardBytes(NamedTuple):
+    """What the caching allocator does with a plan's blocks: bytes reserved to the end, and bytes allocated at most in each step."""
 
-    At start one block of the largest simultaneous size is taken and freed, so that the rest of the run finds its room.
+    reserved: int
+    start: int  # reserved before the first step; the same as `reserved` where the steps find their room
+    allocated: list[int]
+
+
+def card_bytes(
+    arena_bytes: int, kept: Sequence[Kept], outside: Sequence[tuple[Outside, ...]]
+) -> CardBytes:
+    """The allocator's bytes for the arena, what is kept beside it, and the steps' own blocks, in executor/cuda.py's order.
+
+    After the arena and the kept blocks, one block of the steps' largest simultaneous size is taken and given back, so
+    that the rest of the run finds its room.
     """
     allocator = CachingAllocator()
-    allocator.malloc(arena_bytes)
-    for size in workspaces:
-        allocator.malloc(size)
+    base = allocator.malloc(arena_bytes).size_bytes
+    base += sum(allocator.malloc(block.size_bytes).size_bytes for block in kept)
     scratch = max((peak_bytes(blocks) for blocks in outside), default=0)
     if scratch:
         allocator.release(allocator.malloc(scratch))
-    for blocks in dict.fromkeys(outside):
-        moments = [(b.birth, 1, b) for b in blocks] + [(b.death, 0, b) for b in blocks]
-        held = {}
-        for _, born, block in sorted(moments, key=lambda moment: moment[:2]):
-            if born:
-                held[id(block)] = allocator.malloc(block.size_bytes)
-            else:
-                allocator.release(held.pop(id(block)))
-    return allocator.reserved_bytes
+    start = allocator.reserved_bytes
+    distinct = {id(blocks): blocks for blocks in outside}  # equal steps share theirs
+    most = {key: base + _replayed_peak(allocator, blocks) for key, blocks in distinct.items()}
+    return CardBytes(allocator.reserved_bytes, start, [most[id(blocks)] for blocks in outside])
+
+
+def _replayed_peak(allocator: CachingAllocator, blocks: Sequence[Outside]) -> int:
+    """The most bytes allocated at once while a step's blocks are taken and given back in their order."""
+    held: list[tuple[int, Block]] = []
+    allocated = most = 0
+    for number, block in enumerate(blocks):
+        for death, given in held:
+            if death <= number:
+                allocated -= given.size_bytes
+                allocator.release(given)
+        held = [(death, given) for death, given in held if death > number]
+        taken = allocator.malloc(block.size_bytes)
+        held.append((block.death, taken))
+        allocated += taken.size_bytes
+        most = max(most, allocated)
+    for _, given in held:
+        allocator.release(given)
+    return most
 
 
 class Ranges:

@@ -1,14 +1,14 @@
 """Memory that kernels take outside the arena, and the products a step runs: formulas that mirror executor/vision.py and text.py.
 
 `tile_calls` lists, for each distinct tile of a step, the matrix products and attention calls in order. From it follow
-`outside` (allocations of the largest tile, for the allocator's simulation), `peak_bytes` (their largest simultaneous
+`outside` (the allocations of a step, for the allocator's simulation), `peak_bytes` (their largest simultaneous
 sum) and `gemm_shapes` (for code that a library keeps per shape). Norms, rotary embeddings, activations and copies take
 nothing: they write into views.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from math import ceil
 from typing import Literal, NamedTuple
@@ -17,12 +17,14 @@ from planner.gemm_scratch import scratch_bytes
 from planner.plan import (
     DTYPE_BYTES,
     Image,
+    Kept,
     Kernel,
     Kind,
     ModelShape,
     Outside,
     Tiles,
     WindowRun,
+    Workload,
     window_tiles,
 )
 
@@ -65,8 +67,18 @@ class Machine(NamedTuple):
     sm_count: int | None = None
 
 
+class Piece(NamedTuple):
+    """One block that a call takes."""
+
+    name: str
+    size_bytes: int
+    declared: bool = False
+
+
 Calls = tuple[Gemm | Attention, ...]
-Piece = tuple[str, int]
+Taken = tuple[
+    tuple[Piece, int], ...
+]  # blocks, and how many had been taken when each was given back
 
 
 def outside(
@@ -80,24 +92,47 @@ def outside(
     *,
     decode: bool = False,
 ) -> tuple[Outside, ...]:
-    """Allocations of the tile of a step that takes most, in order; `[birth, death)` counts calls within that tile.
+    """Allocations of a step in the order in which it makes them, every distinct sequence of them once.
 
-    `images`: those of a vision step. In decode (one row) the keys are `context_tokens`. Equal calls of one tile (head
-    groups, batches of windows) are listed once.
+    A sequence begins and ends with nothing held: one call, or two whose results are merged. `images`: those of a
+    vision step. In decode (one row) the keys are `context_tokens`.
     """
-    best: tuple[Outside, ...] = ()
-    most = 0
+    if kind == "norm":
+        # the row that is normalised is upcast outside the arena, whose `hidden` holds one row alone
+        return (Outside(name="norm32", size_bytes=4 * shape.text.hidden, birth=0, death=1),)
+    distinct: dict[Taken, None] = {}
     for calls in tile_calls(
         kind, shape, tiles, images, prompt_rows, context_tokens, machine.kernel, decode=decode
     ):
-        found, peak = _allocations(calls, shape.dtype, machine)
-        if peak > most:
-            best, most = found, peak
-    if kind == "norm":
-        # the row that is normalised is upcast outside the arena, whose `hidden` holds one row alone
-        row = Outside(name="norm32", size_bytes=4 * shape.text.hidden, birth=0, death=1)
-        return (row,)
-    return best
+        distinct.update(_sequences(calls, shape.dtype, machine))
+    return tuple(_numbered(distinct))
+
+
+def kept(model: ModelShape, workload: Workload, workspaces: Sequence[int]) -> tuple[Kept, ...]:
+    """What a card holds outside the arena throughout, in the order in which executor/prepare.py and cuda.py take it.
+
+    Positions (int64): row and column of every patch, the order of merge units, three axes of every token; inverse
+    frequencies (float32, half a head). `workspaces`: cuBLAS's and cuBLASLt's, taken by the first products.
+    """
+    found = []
+    for number, image in enumerate(workload.images):
+        found += [(f"positions[{number}].{axis}", 8 * image.patches) for axis in ("rows", "cols")]
+    found += [(f"unit_order[{i}]", 8 * image.tokens) for i, image in enumerate(workload.images)]
+    tokens = workload.prompt_tokens + max(0, workload.max_new_tokens - 1)
+    found += [
+        ("vision_frequencies", 4 * (model.vision.head_dim // 2)),
+        ("positions", 8 * 3 * tokens),
+        ("text_frequencies", 4 * (model.text.head_dim // 2)),
+    ]
+    names = ("cublas_workspace", "cublaslt_workspace")
+    return (
+        *(Kept(name=name, size_bytes=size) for name, size in found),
+        *(
+            Kept(name=name, size_bytes=size, declared=True)
+            for name, size in zip(names, workspaces, strict=True)
+            if size
+        ),
+    )
 
 
 def peak_bytes(allocations: Iterable[Outside]) -> int:
@@ -141,36 +176,37 @@ def tile_calls(
     width, inner = vision.hidden, vision.intermediate
     heads, size = vision.heads, vision.head_dim
     if kind == "patch_embed":
-        rows = {r for image in images for r in _tile_rows(image.patches, tiles.patch_rows)}
-        return [(Gemm(r, vision.patch_values, width),) for r in sorted(rows)]
+        rows = [r for image in images for r in _tile_rows(image.patches, tiles.patch_rows)]
+        return [(Gemm(r, vision.patch_values, width),) for r in dict.fromkeys(rows)]
     if kind == "window_attn":
-        groups_of = {tuple((w.count, w.rows) for w in image.windows) for image in images}
-        distinct = {t for groups in groups_of for t in _window_tiles(groups, tiles.window_rows)}
+        groups_of = [tuple((w.count, w.rows) for w in image.windows) for image in images]
+        distinct = [t for groups in groups_of for t in _window_tiles(groups, tiles.window_rows)]
         return [
             (
                 Gemm(r, width, 3 * width),
                 *(Attention(n, heads, heads, s, s, size, False) for n, s in batches),
                 Gemm(r, width, width),
             )
-            for r, batches in sorted(distinct)
+            for r, batches in dict.fromkeys(distinct)
         ]
     if kind == "full_attn":
-        found: list[Calls] = []
+        full: list[Calls] = []
         parts = _tile_rows(heads, tiles.query_heads)
-        for patches in sorted({image.patches for image in images}):
+        for patches in dict.fromkeys(image.patches for image in images):
             for r in _tile_rows(patches, tiles.query_rows):
                 project = Gemm(r, width, width)
                 attend = (Attention(1, h, h, r, patches, size, False) for h in parts)
-                found += [(Gemm(r, width, 2 * width),), (project, *attend, project)]
-        return found
+                full += [(Gemm(r, width, 2 * width),), (project, *attend, project)]
+        return full
     if kind == "vision_mlp":
         mlp_rows = _tile_rows(sum(image.patches for image in images), tiles.vision_mlp_rows)
         up = [Gemm(r, width, inner) for r in mlp_rows]
         return [(g, g, Gemm(g.rows, inner, width)) for g in up]
     if kind == "merger":
         wide = vision.merge**2 * width
-        rows = {r for image in images for r in _tile_rows(image.tokens, tiles.merger_rows)}
-        return [(Gemm(r, wide, wide), Gemm(r, wide, vision.out_hidden)) for r in sorted(rows)]
+        rows = [r for image in images for r in _tile_rows(image.tokens, tiles.merger_rows)]
+        found = [(Gemm(r, wide, wide), Gemm(r, wide, vision.out_hidden)) for r in rows]
+        return list(dict.fromkeys(found))
     if kind == "self_attn":
         rows_all, base = (1, context_tokens - 1) if decode else (prompt_rows, 0)
         return _prompt_tiles(shape, tiles, rows_all, base, kernel)
@@ -187,18 +223,18 @@ def tile_calls(
 def _prompt_tiles(
     shape: ModelShape, tiles: Tiles, rows: int, base: int, kernel: Kernel
 ) -> list[Calls]:
-    """Of each row count, the tile with the longest past: sizes grow with the past alone."""
+    """The first tile, which has no past in prefill, and of each row count the one with the longest past, in order."""
     text = shape.text
     tile = min(tiles.prompt_rows, rows)
     last = (rows - 1) // tile * tile
-    chosen = {(rows - last, last)}
+    chosen = [(tile, 0)]
     if last:
-        chosen.add((tile, last - tile if rows - last < tile else last))
+        chosen += [(tile, last - tile), (rows - last, last)]
     shared, size = text.heads // text.kv_heads, text.head_dim
     query, kv = text.heads * size, text.kv_heads * size
     projections = (Gemm(0, text.hidden, kv), Gemm(0, text.hidden, kv), Gemm(0, text.hidden, query))
     found = []
-    for r, start in sorted(chosen):
+    for r, start in dict.fromkeys(chosen):
         calls: list[Gemm | Attention] = [g._replace(rows=r) for g in projections]
         past = base + start
         for groups in _tile_rows(text.kv_heads, tiles.prompt_heads):
@@ -226,33 +262,63 @@ def _tile_rows(rows: int, tile: int) -> tuple[int, ...]:
 @lru_cache(maxsize=1024)
 def _window_tiles(
     windows: tuple[tuple[int, int], ...], tile_rows: int
-) -> frozenset[tuple[int, tuple[tuple[int, int], ...]]]:
-    """Distinct (rows, attention calls as (windows, rows of each)) of the tiles of one image."""
-    found = set()
+) -> tuple[tuple[int, tuple[tuple[int, int], ...]], ...]:
+    """Distinct (rows, attention calls as (windows, rows of each)) of the tiles of one image, in order."""
+    found: dict[tuple[int, tuple[tuple[int, int], ...]], None] = {}
     runs = tuple(WindowRun(count=count, rows=rows) for count, rows in windows)
     for tile in window_tiles(runs, tile_rows):
         batches: dict[tuple[int, int], None] = {}
         for count, size in tile.runs:
             for n in _tile_rows(count, WINDOWS_PER_CALL):
                 batches[n, size] = None
-        found.add((tile.stop - tile.start, tuple(batches)))
-    return frozenset(found)
+        found[tile.stop - tile.start, tuple(batches)] = None
+    return tuple(found)
 
 
 @lru_cache(maxsize=4096)
-def _allocations(calls: Calls, dtype: str, machine: Machine) -> tuple[tuple[Outside, ...], int]:
-    """Everything the calls of one tile take, and the largest sum alive at once."""
-    found = []
-    for index, call in enumerate(calls):
+def _sequences(calls: Calls, dtype: str, machine: Machine) -> dict[Taken, None]:
+    """The distinct sequences of allocations that the calls of one tile make, in order.
+
+    What a call returns is held to its end, or through the call it is merged with; everything else ends with the call.
+    """
+    found: dict[Taken, None] = {}
+    blocks: list[
+        tuple[Piece, bool]
+    ] = []  # of the calls since nothing was held; whether a call returns it
+    ends: list[int] = []  # blocks taken when each block's call ended
+    for call in calls:
         if isinstance(call, Gemm):
             pieces, held = gemm_pieces(call, dtype, machine), False
         else:
             pieces, held = attention_pieces(call, dtype, machine), call.held
-        for name, size in pieces:
-            stays = held and name in ("output", "logsumexp")
-            death = index + 2 if stays else index + 1
-            found.append(Outside(name=name, size_bytes=size, birth=index, death=death))
-    return tuple(found), peak_bytes(found)
+        blocks += [(piece, piece.name in ("output", "logsumexp")) for piece in pieces]
+        ends += [len(blocks)] * len(pieces)
+        if held or not blocks:
+            continue
+        last = len(blocks)
+        found[
+            tuple(
+                (piece, last if returned else end)
+                for (piece, returned), end in zip(blocks, ends, strict=True)
+            )
+        ] = None
+        blocks, ends = [], []
+    return found
+
+
+def _numbered(sequences: Iterable[Taken]) -> Iterator[Outside]:
+    """The blocks of sequences that follow one another."""
+    start = 0
+    for sequence in sequences:
+        for index, (piece, end) in enumerate(sequence):
+            yield Outside.model_construct(
+                name=piece.name,
+                size_bytes=piece.size_bytes,
+                birth=start + index,
+                death=start + end,
+                declared=piece.declared,
+            )
+        start += len(sequence)
 
 
 def gemm_pieces(call: Gemm, dtype: str, machine: Machine) -> list[Piece]:
@@ -264,7 +330,7 @@ def gemm_pieces(call: Gemm, dtype: str, machine: Machine) -> list[Piece]:
         return []
     amx = machine.amx and dtype == "bfloat16"
     size = scratch_bytes(*call, threads=machine.threads, amx=amx)
-    return [("gemm_scratch", size)]
+    return [Piece("gemm_scratch", size)]
 
 
 def attention_pieces(call: Attention, dtype: str, machine: Machine) -> list[Piece]:
@@ -298,20 +364,20 @@ def _cpu_flash(call: Attention, dtype: str, machine: Machine) -> list[Piece]:
         work = blocks * q * (min(rows, keys) if causal else keys) * size
         pack = work >= 4 * batch * groups * keys * size
     found = [
-        ("output", batch * heads * rows * size * e),
-        ("logsumexp", 4 * batch * heads * rows),
-        ("scores", 4 * machine.threads * q * (k + 2 + size)),
+        Piece("output", batch * heads * rows * size * e),
+        Piece("logsumexp", 4 * batch * heads * rows),
+        Piece("scores", 4 * machine.threads * q * (k + 2 + size)),
     ]
     if e == 2:
         even = k + k % 2 if pack else k
-        found.append(("scores_rounded", machine.threads * q * even * e))
+        found.append(Piece("scores_rounded", machine.threads * q * even * e))
     if pack:
         rest = (keys - 1) % k + 1
         padded = (keys - 1) // k * (k + k % 2) + rest + rest % 2
         found += [
-            ("packed_k", batch * groups * keys * size * e),
-            ("packed_v", batch * groups * padded * size * e),
-            ("transposed", machine.threads * k * size * e),
+            Piece("packed_k", batch * groups * keys * size * e),
+            Piece("packed_v", batch * groups * padded * size * e),
+            Piece("transposed", machine.threads * k * size * e),
         ]
     return found
 
@@ -325,13 +391,12 @@ def _cuda_flash(call: Attention, dtype: str, machine: Machine) -> list[Piece]:
     """
     batch, heads, groups, rows, keys, size, _, _ = call
     found = [
-        ("output", batch * heads * rows * size * DTYPE_BYTES[dtype]),
-        ("logsumexp", 4 * batch * heads * rows),
-        ("rng_state", 16),
-        ("unused", 8),
+        Piece("output", batch * heads * rows * size * DTYPE_BYTES[dtype]),
+        Piece("logsumexp", 4 * batch * heads * rows),
     ]
+    random_state = [Piece("rng_state", 16), Piece("unused", 8)]
     if machine.sm_count is None:
-        return found
+        return found + random_state
     if rows == 1 and heads > groups:
         heads, rows = groups, heads // groups
     splits = _flash_splits(batch * heads * ceil(rows / 64), machine.sm_count * 2, keys, size)
@@ -339,10 +404,10 @@ def _cuda_flash(call: Attention, dtype: str, machine: Machine) -> list[Piece]:
         multiple = 32 if size <= 128 else 64
         rounded = -(-size // multiple) * multiple
         found += [
-            ("split_logsumexp", 4 * splits * batch * heads * rows),
-            ("split_output", 4 * splits * batch * heads * rows * rounded),
+            Piece("split_logsumexp", 4 * splits * batch * heads * rows, True),
+            Piece("split_output", 4 * splits * batch * heads * rows * rounded, True),
         ]
-    return found
+    return found + random_state
 
 
 def _flash_splits(work: int, slots: int, keys: int, size: int) -> int:
@@ -368,11 +433,11 @@ def _cuda_efficient(call: Attention, dtype: str) -> list[Piece]:
     batch, heads, _, rows, _, size, _, _ = call
     e = DTYPE_BYTES[dtype]
     found = [
-        ("output", batch * heads * rows * size * e),
-        ("logsumexp", 4 * batch * heads * -(-rows // 32) * 32),
-        ("philox_seed", 8),
-        ("philox_offset", 8),
+        Piece("output", batch * heads * rows * size * e),
+        Piece("logsumexp", 4 * batch * heads * -(-rows // 32) * 32),
+        Piece("philox_seed", 8),
+        Piece("philox_offset", 8),
     ]
     if e == 2 and size > 128:
-        found.append(("accumulator", 4 * batch * heads * rows * size))
+        found.append(Piece("accumulator", 4 * batch * heads * rows * size))
     return found

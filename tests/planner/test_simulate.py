@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.allocator import CachingAllocator
-from planner.plan import Outside
+from planner.plan import Kept, Outside
 from planner.schedule import PhaseResidency, Program, program
-from planner.simulate import Ranges, queue_order, reserved_bytes, timeline
+from planner.simulate import Ranges, card_bytes, queue_order, timeline
 from planner.template import unit_sizes
 from planner.units import MIB
 from planner.workspace import peak_bytes
@@ -198,7 +198,18 @@ def test_neighbours_that_are_free_become_one_block() -> None:
 
 def test_reserved_bytes_hold_arena_workspaces_and_the_largest_sum_of_blocks() -> None:
     outside = [(block(30 * MIB, 0, 2), block(10 * MIB, 1, 2)), (block(25 * MIB, 0, 1),)]
-    assert reserved_bytes(1024 * MIB, (32 * MIB, 0), outside) == (1024 + 32 + 40 + 2) * MIB
+    kept = [Kept(name="positions", size_bytes=100), Kept(name="workspace", size_bytes=32 * MIB)]
+    found = card_bytes(1024 * MIB, kept, outside)
+    assert found.reserved == found.start == (1024 + 2 + 32 + 40) * MIB
+    held = 1024 * MIB + 512 + 32 * MIB
+    assert found.allocated == [held + 40 * MIB, held + 25 * MIB]
+
+
+def test_a_step_that_finds_no_room_in_what_was_reserved_at_the_start_shows() -> None:
+    # 32 MiB are reserved, of which the third block finds 10 and 2 on either side of the second
+    blocks = (block(10 * MIB, 0, 2), block(20 * MIB, 1, 3), block(12 * MIB, 2, 3))
+    found = card_bytes(64 * MIB, (), [blocks])
+    assert (found.start, found.reserved) == (96 * MIB, 108 * MIB)
 
 
 def test_where_all_weights_come_first_the_first_step_waits_for_every_resident(kit: Any) -> None:
