@@ -20,6 +20,7 @@ from executor.attention import check_kernel
 from executor.device import Device
 from executor.generate import Sampling, generator, next_token, seen_mask
 from executor.image import Pixels, PixelSource, open_image, patch_positions, window_order
+from executor.order import check_order
 from executor.prompt import build_prompt, positions
 from executor.text import TextRun, text_frequencies
 from executor.vision import VisionRun, vision_frequencies
@@ -122,6 +123,7 @@ class Runs:
 def check_request(plan: Plan, request: Request) -> None:
     """Nothing, if plan, checkpoint and request belong together as far as can be told without loading anything."""
     check_places(plan)
+    check_order(plan)
     if plan.device.kind != request.device:
         raise PlanFileError(
             f"the plan is for {plan.device.kind} ({plan.device.profile}), the run for {request.device}; "

@@ -138,6 +138,8 @@ class Reader(AbstractContextManager["Reader"]):
         self._step_marks: dict[str, Mark] = {}
         self._copy_marks: dict[str, Mark] = {}
         self._timings: dict[str, CopyTiming] = {}
+        # what the thread is blocked on: a step, and how often it must have been issued
+        self._awaited: tuple[str, int] | None = None
         self._stopped = False
         self._error: BaseException | None = None
         # in check runs a step and a copy exclude one another, so that each can be watched
@@ -170,11 +172,20 @@ class Reader(AbstractContextManager["Reader"]):
                 while self._copies[copy] < needed and self._error is None:
                     if self._stopped or not self._thread.is_alive():
                         raise RunFailed(f"{step.id}: waits for {copy}, which will not come")
+                    self._check_blocked(step, copy)
                     self._changed.wait(timeout=1.0)
                 self._raise()
                 self._device.compute_waits(self._copy_marks[copy])
             self._raise()
         return time.perf_counter() - start
+
+    def _check_blocked(self, step: Step, copy: str) -> None:
+        """Nothing, unless the thread waits for a step that can only be issued after this one; then neither would go on."""
+        if self._awaited is not None and self._steps[self._awaited[0]] < self._awaited[1]:
+            raise RunFailed(
+                f"{step.id} waits for {copy}, and the copies before it for {self._awaited[0]}: "
+                "the plan blocks itself; make it anew"
+            )
 
     def finish_step(self, step: Step) -> None:
         """Count the step as issued; copies into what it read may go ahead."""
@@ -224,7 +235,10 @@ class Reader(AbstractContextManager["Reader"]):
         after, needed = self._after(copy, iteration)
         with self._changed:
             while after is not None and self._steps[after] < needed and not self._stopped:
+                self._awaited = after, needed
+                self._changed.notify_all()
                 self._changed.wait()
+            self._awaited = None
             if self._stopped:
                 return False
             mark = self._step_marks.get(after) if after is not None else None

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from planner.check import check
+from planner.errors import PlanFileError
 from planner.plan import Plan
 
 
@@ -139,10 +140,15 @@ def swapped(plan: Plan, phase: str) -> Plan:
 
 
 @pytest.mark.parametrize("phase", ["vision", "prefill", "decode"])
-def test_weights_from_another_block_s_place_are_noticed(golden: Any, phase: str) -> None:
+def test_weights_from_another_block_s_place_are_noticed(
+    golden: Any, phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good = golden.plan("all resident, nothing tiled")
     plan = swapped(good, phase)
     assert any("wants" in problem for problem in check(plan))
+    with pytest.raises(PlanFileError, match=r"wants .* which holds"):
+        golden.run(plan)
+    monkeypatch.setattr("executor.prepare.check_order", lambda plan: None)
     expected, answer = golden.run(good), golden.run(plan)
     assert (answer.features - expected.features).abs().max() > 1e-3 or phase != "vision"
     rows = answer.prefill_logits if phase != "decode" else answer.logits[1]
@@ -150,7 +156,7 @@ def test_weights_from_another_block_s_place_are_noticed(golden: Any, phase: str)
     assert (rows - wanted).abs().max() > 1e-2
 
 
-def test_a_slot_refilled_too_early_is_noticed(golden: Any) -> None:
+def test_a_slot_refilled_too_early_is_noticed(golden: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     good = golden.plan("all streamed, one slot, one window")
     copies = tuple(
         copy.model_copy(update={"after": None}) if copy.phase == "prefill" else copy
@@ -158,6 +164,9 @@ def test_a_slot_refilled_too_early_is_noticed(golden: Any) -> None:
     )
     plan = good.model_copy(update={"copies": copies})
     assert any("before its last use" in problem for problem in check(plan))
+    with pytest.raises(PlanFileError, match="do not wait for each other"):
+        golden.run(plan)
+    monkeypatch.setattr("executor.prepare.check_order", lambda plan: None)
 
     def dawdle(step: str) -> None:
         if step == "prefill/layers.0.mlp":
