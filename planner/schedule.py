@@ -11,7 +11,7 @@ Two rules keep both queues free of races and of deadlocks:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -67,7 +67,8 @@ class CopyDraft(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PhaseResidency:
-    """Which units of each class are resident, by count; the others are streamed. Residents are spread evenly.
+    """Which units of each class are resident, by count; the others are streamed. Residents are spread evenly, unless
+    `sets` names them (positions of attention halves, MLP halves, lm_head tiles; the counts are their sizes).
 
     In prefill no more than in decode: residents of prefill stay.
     """
@@ -75,6 +76,30 @@ class PhaseResidency:
     attn: int
     mlp: int
     head: int = 0  # lm_head tiles
+    sets: tuple[frozenset[int], frozenset[int], frozenset[int]] | None = None
+
+    @classmethod
+    def of(
+        cls, attn: Iterable[int], mlp: Iterable[int], head: Iterable[int] = ()
+    ) -> PhaseResidency:
+        """Exactly these units."""
+        sets = frozenset(attn), frozenset(mlp), frozenset(head)
+        return cls(len(sets[0]), len(sets[1]), len(sets[2]), sets)
+
+    def positions(
+        self, totals: Sequence[int], within: PhaseResidency | None = None
+    ) -> list[frozenset[int]]:
+        """Positions of the residents of each class, of so many in all; spread over the residents of `within` where given."""
+        counts = (self.attn, self.mlp, self.head)
+        if self.sets is not None:
+            return list(self.sets)
+        if within is None:
+            return [spread(count, total) for count, total in zip(counts, totals, strict=False)]
+        found = []
+        for count, outer in zip(counts, within.positions(totals), strict=False):
+            among = sorted(outer)
+            found.append(frozenset(among[i] for i in spread(count, len(among))))
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,19 +325,19 @@ def resident_units(phase: Phase, choice: Choice, model: ModelShape, heads: int) 
     """
     if phase == "vision":
         blocks = model.vision.depth
+        attn, mlp = choice.vision.positions((blocks, blocks))[:2]
         units = {"visual/patch_embed", "visual/merger"}
-        units |= {f"visual/blocks.{i}.attn" for i in spread(choice.vision.attn, blocks)}
-        return units | {f"visual/blocks.{i}.mlp" for i in spread(choice.vision.mlp, blocks)}
+        units |= {f"visual/blocks.{i}.attn" for i in attn}
+        return units | {f"visual/blocks.{i}.mlp" for i in mlp}
+    totals = (model.text.layers, model.text.layers, heads)
+    if phase == "prefill":
+        found = choice.prefill.positions(totals, within=choice.decode)
+    else:
+        found = choice.decode.positions(totals)
     units = {"text/norm"}
-    decode, prefill = choice.decode, choice.prefill
-    for name, total, finally_, first in (
-        ("layers.{}.self_attn", model.text.layers, decode.attn, prefill.attn),
-        ("layers.{}.mlp", model.text.layers, decode.mlp, prefill.mlp),
-        ("lm_head[{}]", heads, decode.head, prefill.head),
+    for name, positions in zip(
+        ("layers.{}.self_attn", "layers.{}.mlp", "lm_head[{}]"), found, strict=True
     ):
-        positions = sorted(spread(finally_, total))
-        if phase == "prefill":
-            positions = [positions[i] for i in spread(first, len(positions))]
         units |= {f"text/{name.format(i)}" for i in positions}
     return units
 
@@ -384,23 +409,30 @@ def _streamed(
     drafts: _Drafts, phase: Phase, uses: Sequence[tuple[int, str]], *, start: int
 ) -> Iterable[CopyDraft]:
     """Copies through `depth` staging slots in turn; a slot is refilled after the step that used it last."""
-    depth = min(drafts.choice.depth, len(uses))
-    loop = phase == "decode"
-    for position, (need, unit) in enumerate(uses):
-        slot = position % depth
+    found = refills([need for need, _ in uses], drafts.choice.depth, loop=phase == "decode")
+    for (need, unit), (slot, after, wraps) in zip(uses, found, strict=True):
         size_bytes = drafts.unit_sizes[unit]
         buffer = drafts.weights(f"staging/{phase}/{slot}", "staging", size_bytes)
         drafts.where[need] = buffer
-        wraps = False
-        if position >= depth:
-            after = uses[position - depth][0]
-        elif loop:
-            last = (len(uses) - 1 - slot) // depth * depth + slot
-            after, wraps = uses[last][0], True
-        else:
-            after = start
         id = f"copy:{drafts.steps[need].id}"
+        after = start if after is None else after
         yield CopyDraft(id, phase, unit, buffer, after, wraps, False, size_bytes, need)
+
+
+def refills(
+    needs: Sequence[int], depth: int, *, loop: bool
+) -> Iterator[tuple[int, int | None, bool]]:
+    """(slot, step after whose end it is refilled, whether in the iteration before) of each streamed use; None: from the phase's start."""
+    count = len(needs)
+    depth = min(depth, count)
+    for position in range(count):
+        slot = position % depth
+        if position >= depth:
+            yield slot, needs[position - depth], False
+        elif loop:
+            yield slot, needs[(count - 1 - slot) // depth * depth + slot], True
+        else:
+            yield slot, None, False
 
 
 def _first_uses(uses: Iterable[tuple[int, str]]) -> Iterable[tuple[int, str]]:
