@@ -400,13 +400,6 @@ class Move(Frozen):
     paid_seconds: float
 
 
-class BudgetPoint(Frozen):
-    """The same request under another budget: the least one with that time."""
-
-    budget_bytes: int
-    seconds: float
-
-
 class Prediction(Frozen):
     phases: tuple[PhasePrediction, ...]
     peak_step: str
@@ -421,8 +414,6 @@ class Prediction(Frozen):
     smallest_budget_bytes: int
     variants: tuple[Variant, ...]
     moves: tuple[Move, ...] = ()
-    cheaper: BudgetPoint | None = None  # the next budget below, and what it costs
-    faster: BudgetPoint | None = None  # the next budget above, and what it brings
 
 
 # --- all of it ----------------------------------------------------------------------------------------------------

@@ -33,8 +33,8 @@ ROUNDS = 3  # each with a smaller allowance, by as much as the last round was ov
 __all__ = ["Request", "build", "search", "usual_way"]
 
 
-def search(request: Request, device: DeviceProfile) -> Plan:
-    """The fastest plan found whose bound fits the budget; BudgetTooSmall carries the certificate."""
+def search(request: Request, device: DeviceProfile, *, compared: bool = True) -> Plan:
+    """The fastest plan found whose bound fits the budget; BudgetTooSmall carries the certificate. `compared`: with variants and moves."""
     problem = Problem(request, device)
     smallest = least_plan(problem)
     budget = request.budget_bytes
@@ -47,8 +47,8 @@ def search(request: Request, device: DeviceProfile) -> Plan:
         lower_bound=min(lower_bound, best.seconds),
         candidates=weighed,
         smallest_bytes=smallest.bound_bytes,
-        variants=(*variants(problem, best), usual(problem)),
-        moves=moves(problem, best),
+        variants=(*variants(problem, best), usual(problem)) if compared else (),
+        moves=moves(problem, best) if compared else (),
     )
 
 
