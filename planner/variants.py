@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from planner.assemble import Evaluated, evaluate
+from planner.parts import early_starts
 from planner.plan import Order, Variant
 from planner.problem import Problem
 from planner.schedule import Choice, PhaseResidency
@@ -21,25 +22,18 @@ def evaluate_ordered(problem: Problem, choice: Choice) -> Evaluated:
 def prefetched(problem: Problem, choice: Choice, base: Evaluated) -> Evaluated:
     """The order `prefetch`: each LLM resident arrives as early as its bytes are free until its death, under the peak that the plain order has anyway."""
     drafted = base.program
-    capacity = base.layout.height_bytes
     live = [step.live for step in base.bytes]
-    text_copies = [
-        copy
-        for copy in drafted.copies
-        if copy.phase == "prefill" and copy.buffer.startswith("weights/")
-    ]
-    vision_end = drafted.starts["prefill"] - 1
-    after: dict[str, int] = {}
-    earliest = 0
-    for copy in text_copies:
-        # alive from `start` on instead of from the end of the vision tower on
-        start = vision_end + 1
-        while start > earliest and live[start - 1] + copy.size_bytes <= capacity:
-            start -= 1
-        for index in range(start, vision_end + 1):
-            live[index] += copy.size_bytes
-        earliest = start  # in order of use
-        after[copy.unit] = start - 1
+    early = sorted(
+        (
+            copy
+            for copy in drafted.copies
+            if copy.phase == "prefill" and copy.buffer.startswith("weights/")
+        ),
+        key=lambda copy: copy.need,
+    )
+    free = [max(live) - held for held in live[: drafted.starts["prefill"]]]
+    starts = early_starts(free, [copy.size_bytes for copy in early])
+    after = {copy.unit: start - 1 for copy, start in zip(early, starts, strict=True)}
     return evaluate(problem, replace(choice, order="prefetch"), prefetch_after=after)
 
 

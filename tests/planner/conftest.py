@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,27 @@ def choice_of(**changes: Any) -> Choice:
     return Choice(**(fields | changes))
 
 
+def toy_profile(draw: random.Random) -> DeviceProfile:
+    """A card or a CPU, slow enough that tiny models take their time, with a link that is sometimes slow, sometimes fast beside it."""
+    cpu = draw.random() < 0.3
+    base = load_profile("cpu" if cpu else "rtx-5080-16gb")
+    flops = 10 ** draw.uniform(8, 10)
+    rates = [(1, max(int(flops / 30), 1)), (64, int(flops / 3)), (1024, int(flops))]
+    link = int(10 ** draw.uniform(6, 8.5))
+    table = {"bits16": rates, "float32": rates}
+    changed = {
+        "matmul_flops_per_s": table,
+        "attention_flops_per_s": table,
+        "bandwidth_bytes_per_s": 20 * link,
+        "host_to_device_bytes_per_s": link,
+        "page_cache_bytes_per_s": link * draw.randint(1, 3),
+        "disk_bytes_per_s": max(link // draw.randint(1, 3), 1),
+        "launch_s": 1e-6,
+        "default_ram_bytes": draw.choice([0, 2**30]),
+    }
+    return DeviceProfile.model_validate(base.model_dump() | changed)
+
+
 @pytest.fixture(scope="session")
 def kit() -> Any:
     """The helpers above; test modules cannot import a conftest under importmode importlib."""
@@ -137,6 +159,7 @@ def kit() -> Any:
         checkpoint=checkpoint_of,
         plan=plan_of,
         choice=choice_of,
+        toy=toy_profile,
     )
 
 

@@ -1,0 +1,87 @@
+"""Seconds and live bytes by index, against the program, its graph and its timeline."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from planner.graph import build, lifetimes, live_bytes
+from planner.parts import Parts, early_starts, worked
+from planner.problem import Problem, Request
+from planner.profile import load_profile
+from planner.schedule import Choice, PhaseResidency
+from planner.variants import evaluate_ordered
+from planner.workspace import peak_bytes
+
+LAYERS = DEPTH = 4
+HEADS = 3
+
+
+def drawn_residency(draw: random.Random, attn: int, mlp: int, head: int = 0) -> PhaseResidency:
+    counts = draw.randint(0, attn), draw.randint(0, mlp), draw.randint(0, head)
+    return PhaseResidency(*counts)
+
+
+def drawn_choice(kit: Any, draw: random.Random) -> Choice:
+    """Every lever at random; half of the residencies by counts, half by name."""
+    decode = drawn_residency(draw, LAYERS, LAYERS, HEADS)
+    prefill = drawn_residency(draw, decode.attn, decode.mlp, decode.head)
+    vision = drawn_residency(draw, DEPTH, DEPTH)
+    if draw.random() < 0.5:
+        inner = decode.positions((LAYERS, LAYERS, HEADS))
+        decode = PhaseResidency.of(
+            *(
+                draw.sample(range(t), len(p))
+                for t, p in zip((LAYERS, LAYERS, HEADS), inner, strict=True)
+            )
+        )
+        assert decode.sets is not None
+        counts = (prefill.attn, prefill.mlp, prefill.head)
+        prefill = PhaseResidency.of(
+            *(draw.sample(sorted(p), n) for p, n in zip(decode.sets, counts, strict=True))
+        )
+    return kit.choice(
+        order=draw.choice(["all_first", "vision_then_llm", "prefetch"]),
+        images_together=draw.random() < 0.5,
+        depth=draw.randint(1, 3),
+        vision=vision,
+        prefill=prefill,
+        decode=decode,
+    )  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_seconds_and_live_bytes_are_those_of_the_program(kit: Any, seed: int) -> None:
+    draw = random.Random(seed)
+    images = [(336, 252), (420, 168)][: draw.randint(0, 2)]
+    workload = kit.workload(images, new=draw.choice([1, 2, 9]))
+    profile = kit.toy(draw)
+    problem = Problem(Request(kit.tiny(), workload, None), profile)
+    choice = drawn_choice(kit, draw)
+    if choice.order == "prefetch" and not images:
+        return
+    found = worked(Parts(problem), choice)
+    slow = evaluate_ordered(problem, choice)
+    assert found.seconds == pytest.approx(slow.seconds, rel=1e-9)
+    program = slow.program
+    sizes = {name: buffer.size_bytes for name, buffer in program.buffers.items()}
+    live = live_bytes(lifetimes(build(program), program), sizes, len(program.steps))
+    assert found.live == max(live)
+    assert found.outside == max(peak_bytes(blocks) for blocks in slow.outside)
+
+
+def test_what_arrives_early_fits_until_it_is_used() -> None:
+    free = [9, 3, 8, 8, 10]
+    assert early_starts(free, [3, 4, 2, 5]) == [0, 2, 4, 5]
+
+
+def test_a_phase_alone_takes_what_the_program_without_the_rest_takes(kit: Any) -> None:
+    problem = Problem(Request(kit.tiny(), kit.workload(new=1), None), load_profile("cpu"))
+    choice = kit.choice(depth=2)
+    parts = Parts(problem)
+    vision = parts.vision(True, choice.vision, 2, False, choice.tiles)
+    prefill = parts.prefill(choice.prefill, choice.decode, 2, choice.tiles)
+    whole = worked(parts, choice)
+    assert whole.seconds == pytest.approx(vision.seconds[0] + prefill.seconds[0])
