@@ -6,17 +6,19 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from planner.arguments import Parser, count, tokens
-from planner.errors import InputError, RunFailed, StowplanError
-from planner.units import format_gib, parse_bytes
+from planner.errors import BudgetTooSmall, InputError, RunFailed, StowplanError
+from planner.units import MIB, format_gib, parse_bytes
 
 if TYPE_CHECKING:
-    from planner.plan import Plan, Workload
+    from planner.plan import Workload
+    from planner.problem import Request
     from planner.profile import DeviceProfile
     from planner.spec import Checkpoint
 
@@ -24,7 +26,6 @@ INTERRUPTED = 130
 DEFAULT_MODEL = "7b"
 DEFAULT_IMAGE = "3840x2160"
 DEFAULT_DEVICE = "rtx-5080-16gb"
-COLUMNS = 80
 # modules with a main(arguments) that returns the exit code and raises what this module's main catches
 COMMANDS = {
     "devices": "planner.devices",
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--vram",
         metavar="SIZE",
-        help="bytes the whole process may hold on the device, such as 16GB or 6GiB (default: what the device offers; no limit on the CPU)",
+        help="bytes the whole process may hold on the device, such as 16GB or 6GiB, or auto: what is free now less a margin (default: what the device offers; no limit on the CPU)",
     )
     add(
         "--model",
@@ -120,36 +121,111 @@ def _parser() -> argparse.ArgumentParser:
         "--device",
         default=DEFAULT_DEVICE,
         metavar="NAME",
-        help="a device profile's name, cpu, or a profile's .json file (default: rtx-5080-16gb)",
+        help="a device profile's name (plan devices lists them), cpu, auto: the card in this machine, or a profile's .json file (default: rtx-5080-16gb)",
     )
     add(
         "--ram",
         metavar="SIZE",
         help="host memory that may keep weights once they were read (default: as the profile says)",
     )
-    add("--out", type=Path, metavar="FILE", help="write the plan, for: execute FILE")
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the plan, for: execute FILE; with --sweep a picture (.png, .svg, .pdf)",
+    )
     add("--json", action="store_true", help="print the plan itself, one JSON document")
+    add(
+        "--sweep",
+        action="store_true",
+        help="budget against seconds instead of one plan, from the least budget to everything resident",
+    )
+    add(
+        "--snapshot",
+        type=Path,
+        metavar="FILE",
+        help="write the predicted allocations as a torch memory snapshot",
+    )
     return parser
 
 
 def _plan(options: argparse.Namespace) -> None:
     # imported here, so that --help and a mistyped option answer at once
-    from planner.profile import load_profile
+    from planner import show
     from planner.search import Request, search
     from planner.spec import resolve_model
 
-    budget = parse_bytes(options.vram, what="--vram") if options.vram is not None else None
+    device, budget = _device(options)
     ram = parse_bytes(options.ram, what="--ram") if options.ram is not None else None
-    device = load_profile(options.device)
-    if options.out is not None and not options.out.parent.is_dir():
-        raise InputError(f"--out {options.out}: the folder {options.out.parent} does not exist")
-    if options.out is not None and options.out.exists() and not options.out.is_file():
-        raise InputError(
-            f"--out {options.out}: wanted the name of a file, found a folder or a device"
-        )
+    for option, path in (("--out", options.out), ("--snapshot", options.snapshot)):
+        if path is not None:
+            _check_writable(option, path)
+    if options.sweep:
+        show.check_sweep(options.out, options.snapshot)
     checkpoint = resolve_model(options.model)
     _check_dtype(checkpoint, device)
     workload = _workload(options, checkpoint)
+    request = Request(checkpoint, workload, budget, ram_bytes=ram, command=_command(options))
+    if options.sweep:
+        with _stdout():
+            show.show_sweep(request, device, json=options.json, picture=options.out)
+        return
+    try:
+        plan = search(request, device)
+    except BudgetTooSmall as error:
+        raise _as_typed(error, request) from None
+    if options.out is not None:
+        plan.save(options.out)
+        print(f"wrote {options.out}", file=sys.stderr)
+    if options.snapshot is not None:
+        from planner.plan_snapshot import write
+
+        write(plan, options.snapshot)
+        print(f"wrote {options.snapshot}", file=sys.stderr)
+    with _stdout():
+        show.show_plan(plan, request, device, json=options.json, path=options.out)
+
+
+@contextmanager
+def _stdout() -> Iterator[None]:
+    """What is written inside reaches stdout, or RunFailed says why not."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # what is left over would make Python complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise RunFailed(f"stdout: cannot be written: {error.strerror}") from None
+
+
+def _check_writable(option: str, path: Path) -> None:
+    if not path.parent.is_dir():
+        raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{option} {path}: wanted the name of a file, found a folder or a device")
+
+
+def _device(options: argparse.Namespace) -> tuple[DeviceProfile, int | None]:
+    """The device and the budget, found out where they are `auto`; `options` then name what was found, so that the plan's command makes it again."""
+    from planner.profile import load_profile
+
+    if options.device == "auto":
+        from planner.machine import device_auto
+
+        device, note = device_auto()
+        options.device = device.id
+        print(note, file=sys.stderr)
+    else:
+        device = load_profile(options.device)
+    if options.vram == "auto":
+        from planner.machine import vram_auto
+
+        free, note = vram_auto(device)
+        options.vram = f"{free // MIB}MiB"
+        print(note, file=sys.stderr)
+    budget = parse_bytes(options.vram, what="--vram") if options.vram is not None else None
     if device.kind == "cuda":
         if budget is None:
             budget = device.usable_bytes
@@ -159,20 +235,20 @@ def _plan(options: argparse.Namespace) -> None:
                 "name a larger card with --device",
                 file=sys.stderr,
             )
-    request = Request(checkpoint, workload, budget, ram_bytes=ram, command=_command(options))
-    plan = search(request, device)
-    if options.out is not None:
-        plan.save(options.out)
-        print(f"wrote {options.out}", file=sys.stderr)
-    try:
-        _show(plan, options)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        # what is left over would make Python complain once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise RunFailed(f"stdout: cannot be written: {error.strerror}") from None
+    return device, budget
+
+
+def _as_typed(error: BudgetTooSmall, request: Request) -> BudgetTooSmall:
+    """The refusal with the budget as it was typed beside GiB."""
+    from planner.report import typed_budget
+
+    assert request.budget_bytes is not None
+    shown, typed = (
+        format_gib(request.budget_bytes),
+        typed_budget(request.command, request.budget_bytes),
+    )
+    text = str(error).replace(f"no plan fits {shown}", f"no plan fits {typed}", 1)
+    return BudgetTooSmall(text, smallest_bytes=error.smallest_bytes)
 
 
 def _check_dtype(checkpoint: Checkpoint, device: DeviceProfile) -> None:
@@ -237,20 +313,6 @@ def _command(options: argparse.Namespace) -> str:
             # a value such as -x must not be read as an option
             words += [f"{option}={text}"] if text.startswith("-") else [option, text]
     return shlex.join(words)
-
-
-def _show(plan: Plan, options: argparse.Namespace) -> None:
-    from planner import report
-
-    if options.json:
-        sys.stdout.write(report.as_json(plan))
-        return
-    from rich.console import Console
-
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without the letters shows a ?
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else COLUMNS)
-    console.print(report.render(plan, path=options.out))
 
 
 if __name__ == "__main__":

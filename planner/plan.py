@@ -537,6 +537,11 @@ def digest(data: Mapping[str, object]) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all; RunFailed where it cannot."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: a temporary name in the same folder, then rename. RunFailed where it cannot."""
     try:
         handle, temporary = tempfile.mkstemp(
@@ -547,8 +552,8 @@ def write_text(path: Path, text: str) -> None:
             f"{path}: cannot be written: {error.strerror}; nothing was left behind"
         ) from None
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:

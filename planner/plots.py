@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from planner.plan import Buffer, Plan
+from planner.plan import Buffer, Plan, write_bytes
 from planner.units import GIB, format_gib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from planner.sweep import Frontier
 
 # the report's words
 CONTEXT, KERNELS, ALLOCATOR, VISION, LLM, STAGING, CACHE, RESIDUAL, TILE, HOST, REST = (
@@ -186,3 +190,63 @@ def _legend(figure: Figure, handles: Mapping[str, Any]) -> None:
         frameon=False,
         fontsize=_FONT,
     )
+
+
+# --- budget against seconds ---------------------------------------------------------------------------------------
+
+# Okabe and Ito's eight without yellow, which is hard to see as a line; marks tell them apart in grey, too
+_LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def pareto(frontiers: Mapping[str, Frontier]) -> Figure:
+    """Budget against seconds, one line per frontier; both axes logarithmic, since a budget buys factors."""
+    figure, (axes,) = _figure(1)
+    for number, (title, frontier) in enumerate(frontiers.items()):
+        sizes = [point.budget_bytes / GIB for point in frontier.points]
+        seconds = [point.seconds for point in frontier.points]
+        # seconds stay what they are until the next point's budget
+        axes.step(
+            sizes,
+            seconds,
+            where="post",
+            color=_LINES[number % len(_LINES)],
+            marker=_MARKS[number % len(_MARKS)],
+            markersize=4,
+            linewidth=1.4,
+            label=title,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(_plain)
+        axis.set_minor_formatter(lambda value, position: "")
+    axes.set_xlabel("budget, GiB", fontsize=_FONT)
+    axes.set_ylabel("seconds", fontsize=_FONT)
+    _plain_axes(axes)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=_FONT)
+    return figure
+
+
+def _plain(value: float, position: object = None) -> str:
+    return f"{value:g}"
+
+
+def _plain_axes(axes: Axes) -> None:
+    axes.tick_params(labelsize=_FONT)
+    axes.grid(which="both", color="#e6e6e6", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture whole or not at all, the same bytes for the same picture; RunFailed where it cannot be written."""
+    kind_ = path.suffix.lower().removeprefix(".")
+    dates: dict[str, dict[str, Any]] = {
+        "png": {"Software": None},
+        "svg": {"Date": None},
+        "pdf": {"CreationDate": None},
+    }
+    made = BytesIO()
+    figure.savefig(made, format=kind_, metadata=dates[kind_])
+    write_bytes(path, made.getvalue())

@@ -1,22 +1,26 @@
-"""The report of a plan, for people, and the plan as one JSON document, for programs."""
+"""The screen: a plan for people, and the plan as one JSON document, for programs."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from planner import tables
 from planner.plan import Levers, Plan, Workload
-from planner.units import GIB, format_gib, format_seconds
+from planner.units import format_gib, format_seconds
+
+if TYPE_CHECKING:
+    from planner.sweep import Frontier, Neighbour
 
 ORDERS = {
-    "all_first": "what is resident is loaded first, vision tower and LLM side by side (SUM)",
+    "all_first": "what is resident is loaded first, tower and LLM side by side (SUM)",
     "vision_then_llm": "vision tower, then the LLM in the same bytes (MAX)",
-    "prefetch": "LLM weights move into bytes that are free while images are encoded (MAX)",
+    "prefetch": "LLM weights move into bytes free while images are encoded (MAX)",
 }
 
 
@@ -25,20 +29,55 @@ def as_json(plan: Plan) -> str:
     return plan.dumps()
 
 
-def render(plan: Plan, *, path: Path | None = None) -> RenderableType:
-    """Verdict, levers, phases, the peak and the ideas switched off, in 80 columns. `path`: where the plan was saved."""
-    parts: list[RenderableType] = [Text(_verdict(plan), style="bold"), _facts(_request(plan))]
-    sections: list[tuple[str, RenderableType]] = [
-        ("how", _facts(_levers(plan))),
-        ("phases, in GiB; seconds are estimates", _phases(plan)),
-        (f"alive at the peak, {plan.prediction.peak_step}", _peak(plan)),
+def render(
+    plan: Plan,
+    *,
+    path: Path | None = None,
+    blocks: bool = True,
+    rates: str = "",
+    cheaper: Neighbour | None = None,
+    faster: Neighbour | None = None,
+) -> RenderableType:
+    """Verdict, phases, timeline, levers, the peak, the moves and other ways, in 80 columns.
+
+    `path`: where the plan was saved. `blocks`: draw with block characters, otherwise ASCII alone. `rates`: where the
+    seconds are known from. `cheaper` and `faster`: the neighbouring budgets.
+    """
+    parts: list[RenderableType] = [
+        Text(_verdict(plan), style="bold green"),
+        _facts(_request(plan, rates)),
     ]
+    sections: list[RenderableType] = [
+        Group(Text("phases, in GiB", style="bold"), tables.phases(plan)),
+        tables.timeline(plan, blocks=blocks),
+        tables.peak(plan),
+    ]
+    if plan.prediction.moves:
+        sections.append(tables.moves(plan))
     if plan.prediction.variants:
-        sections.append(("the same request with an idea off, in GiB", _variants(plan)))
-    sections.append(("to run", Text(_run(plan, path))))
-    for title, body in sections:
-        parts += [Text(""), Text(title, style="bold"), body]
+        sections.append(tables.others(plan, cheaper, faster))
+    sections.append(Group(Text("how", style="bold"), _facts(_levers(plan))))
+    sections.append(Group(Text("to run", style="bold"), Text(_run(plan, path))))
+    for section in sections:
+        parts += [Text(""), section]
     return Group(*parts)
+
+
+def render_sweep(found: Frontier, workload: Workload) -> RenderableType:
+    """Budget against seconds of one request, in 80 columns."""
+    at_most = "at most " if workload.prompt_is_bound else ""
+    tokens = f"{at_most}{workload.prompt_tokens} tokens in all, {workload.max_new_tokens} new ones"
+    return Group(
+        Text(f"{found.model} on {found.device}: budget against seconds", style="bold"),
+        _facts([*_images(workload), ("prompt", tokens)]),
+        Text(""),
+        tables.sweep(found),
+        Text(""),
+        Text(
+            "Each row is the least budget found for its seconds, start-up included; "
+            "below the first nothing fits, above the last nothing is gained."
+        ),
+    )
 
 
 def _facts(rows: list[tuple[str, str]]) -> Table:
@@ -53,19 +92,28 @@ def _facts(rows: list[tuple[str, str]]) -> Table:
 # --- what is asked ------------------------------------------------------------------------------------------------
 
 
+def typed_budget(request: str, budget_bytes: int) -> str:
+    """`16GB (14.90 GiB)`: the budget as the command has it and in GiB; the latter alone where the command has none."""
+    words = shlex.split(request)
+    typed = words[words.index("--vram") + 1] if "--vram" in words[:-1] else ""
+    shown = format_gib(budget_bytes)
+    return shown if typed.replace(" ", "") in ("", shown.replace(" ", "")) else f"{typed} ({shown})"
+
+
 def _verdict(plan: Plan) -> str:
     budget, peak = plan.device.budget_bytes, plan.prediction.bound_peak_bytes
     if budget is None:
         return f"{plan.model.name} on {plan.device.profile} needs {format_gib(peak)}; no budget was given"
-    return (
-        f"{plan.model.name} fits {format_gib(budget)} on {plan.device.profile} "
-        f"({format_gib(budget - peak)} headroom)"
-    )
+    return f"{plan.model.name} fits {typed_budget(plan.request, budget)} on {plan.device.profile}"
 
 
-def _request(plan: Plan) -> list[tuple[str, str]]:
+def _request(plan: Plan, rates: str) -> list[tuple[str, str]]:
     prediction, workload = plan.prediction, plan.workload
     at_most = "at most " if workload.prompt_is_bound else ""
+    known = f"; rates: {rates}" if rates else ""
+    budget = plan.device.budget_bytes
+    spare = 0 if budget is None else budget - prediction.bound_peak_bytes
+    headroom = "" if budget is None else f", {format_gib(spare)} headroom"
     return [
         *_images(workload),
         (
@@ -74,20 +122,27 @@ def _request(plan: Plan) -> list[tuple[str, str]]:
             f"KV cache for {workload.context_tokens}",
         ),
         (
-            "peak",
+            "memory",
             f"{format_gib(prediction.expected_peak_bytes)} expected, "
-            f"{format_gib(prediction.bound_peak_bytes)} at most (bound), everything included",
+            f"{format_gib(prediction.bound_peak_bytes)} at most (bound){headroom}",
         ),
+        ("seconds", f"{_seconds(plan)}{known}"),
         (
-            "seconds",
-            f"about {format_seconds(prediction.seconds)}, an estimate; lower bound of the "
-            f"{prediction.candidates} weighed {format_seconds(prediction.seconds_lower_bound)}",
-        ),
-        (
-            "smallest",
-            f"{format_gib(prediction.smallest_budget_bytes)} is the least budget that has a plan",
+            "search",
+            f"{prediction.candidates} settings weighed: none can take less than "
+            f"{format_seconds(prediction.seconds_lower_bound)} here, "
+            f"nor fit less than {format_gib(prediction.smallest_budget_bytes)}",
         ),
     ]
+
+
+def _seconds(plan: Plan) -> str:
+    """How long the whole takes and a token."""
+    text = f"about {format_seconds(plan.prediction.seconds)}"
+    decode = [row for row in plan.prediction.phases if row.phase == "decode"]
+    if decode and plan.decode_repeats:
+        text += f", of it {format_seconds(decode[0].seconds / plan.decode_repeats)} a token"
+    return text
 
 
 def _images(workload: Workload) -> list[tuple[str, str]]:
@@ -148,91 +203,6 @@ def _tiles(levers: Levers, plan: Plan) -> str:
         f"vocabulary {tiles.vocabulary_rows} rows",
     ]
     return ", ".join(parts)
-
-
-# --- tables -------------------------------------------------------------------------------------------------------
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / GIB:.2f}"
-
-
-def _number(seconds: float) -> str:
-    return f"{seconds:.2f}" if seconds < 1000 else f"{seconds:.0f}"
-
-
-def _table(columns: list[tuple[str, bool]], *, gap: int = 1) -> Table:
-    """A table with these headings; True: a column of numbers. The last column alone may wrap."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0))
-    for heading, number in columns:
-        last = heading == columns[-1][0]
-        table.add_column(heading, justify="right" if number else "left", no_wrap=not last)
-    return table
-
-
-def _phases(plan: Plan) -> Table:
-    headings = (
-        "weights\nresident",
-        "weights\nstreamed",
-        "activ-\nations",
-        "KV\ncache",
-        "stag-\ning",
-        "own\nblocks",
-        "con-\ntext",
-        "peak\nexp.",
-        "peak\nbound",
-        "\nseconds",
-    )
-    table = _table([("\nphase", False), *((heading, True) for heading in headings)])
-    for row in plan.prediction.phases:
-        sizes = (
-            row.weights_resident_bytes,
-            row.weights_streamed_bytes,
-            row.activations_bytes,
-            row.kv_cache_bytes,
-            row.staging_bytes,
-            row.outside_bytes,
-            row.context_bytes,
-            row.expected_peak_bytes,
-            row.bound_peak_bytes,
-        )
-        table.add_row(row.phase, *(_gib(size) for size in sizes), _number(row.seconds))
-    total = _number(plan.prediction.seconds)
-    peaks = _gib(plan.prediction.expected_peak_bytes), _gib(plan.prediction.bound_peak_bytes)
-    table.add_row("all", *[""] * 7, *peaks, total, style="bold")
-    return table
-
-
-def _peak(plan: Plan) -> Table:
-    table = _table(
-        [("term", False), ("GiB", True), ("at most +", True), ("known from", False)], gap=2
-    )
-    for term in plan.prediction.terms:
-        error = _gib(term.error_bytes) if term.error_bytes else ""
-        source = term.source.partition(":")[0]  # what follows are the sources' own references
-        table.add_row(term.name, _gib(term.expected_bytes), error, source)
-    prediction = plan.prediction
-    error = _gib(prediction.bound_peak_bytes - prediction.expected_peak_bytes)
-    table.add_row("all", _gib(prediction.expected_peak_bytes), error, "", style="bold")
-    return table
-
-
-def _variants(plan: Plan) -> Table:
-    budget, prediction = plan.device.budget_bytes, plan.prediction
-    headings = [
-        ("variant", False),
-        ("bound", True),
-        ("seconds", True),
-        ("fits", False),
-        ("", False),
-    ]
-    table = _table(headings if budget is not None else [*headings[:3], headings[4]], gap=2)
-    rows = [("this plan", prediction.bound_peak_bytes, prediction.seconds, True, "")]
-    rows += [(v.name, v.bound_bytes, v.seconds, v.fits, v.note) for v in prediction.variants]
-    for name, size, seconds, fits, note in rows:
-        verdict = [] if budget is None else ["yes" if fits else "no"]
-        table.add_row(name, _gib(size), _number(seconds), *verdict, note)
-    return table
 
 
 def _run(plan: Plan, path: Path | None) -> str:

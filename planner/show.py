@@ -1,0 +1,98 @@
+"""What `plan` prints: the screen of one plan, or the sweep of all budgets; as text, JSON or a picture."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from planner import report, tables
+from planner.devices import rates_from
+from planner.errors import InputError
+from planner.plan import Plan
+from planner.problem import Request
+from planner.profile import DeviceProfile
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def show_plan(
+    plan: Plan, request: Request, device: DeviceProfile, *, json: bool, path: Path | None
+) -> None:
+    """Print the plan as one JSON document, or its screen; `path` is where it was saved."""
+    if json:
+        sys.stdout.write(report.as_json(plan))
+        return
+    from planner.sweep import neighbours
+
+    cheaper, faster = neighbours(request, device, plan)
+    screen = report.render(
+        plan,
+        path=path,
+        blocks=_blocks(),
+        rates=rates_from(device),
+        cheaper=cheaper,
+        faster=faster,
+    )
+    _print(screen)
+
+
+def check_sweep(picture: Path | None, snapshot: Path | None) -> None:
+    """InputError for options that a sweep cannot follow, before anything is searched."""
+    if snapshot is not None:
+        raise InputError("--snapshot: wanted one plan, found --sweep; leave one of them out")
+    if picture is None:
+        return
+    if picture.suffix.lower() not in PICTURES:
+        raise InputError(
+            f"--out {picture}: wanted a picture of the sweep, a name in {', '.join(PICTURES)}; "
+            "for the figures: --sweep --json"
+        )
+    if find_spec("matplotlib") is None:
+        raise InputError(
+            f"--out {picture}: wanted matplotlib, which draws it, found none; "
+            "install it with: pip install 'stowplan[notebooks]'"
+        )
+
+
+def show_sweep(
+    request: Request, device: DeviceProfile, *, json: bool, picture: Path | None
+) -> None:
+    """Print budget against seconds as a table or one JSON document, and draw it where `picture` says."""
+    from planner.sweep import document, frontier
+
+    found = document(request, device, frontier(request, device))
+    if picture is not None:
+        from planner.plots import pareto, save
+
+        save(pareto({f"{found.model} on {found.device}": found}), picture)
+        print(f"wrote {picture}", file=sys.stderr)
+    if json:
+        sys.stdout.write(found.dumps())
+    else:
+        _print(report.render_sweep(found, request.workload))
+
+
+def _blocks() -> bool:
+    """Whether to draw with block characters: on a terminal that has them."""
+    encoding = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "")
+    return sys.stdout.isatty() and encoding == "utf8"
+
+
+def _print(screen: RenderableType) -> None:
+    from rich.console import Console
+
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without the letters shows a ?
+    if sys.stdout.isatty():
+        Console(highlight=False).print(screen)
+        return
+    text = StringIO()
+    Console(file=text, highlight=False, width=tables.COLUMNS).print(screen)
+    # rows of a table end in spaces, which nobody wants in a file
+    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines()))

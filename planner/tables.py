@@ -1,0 +1,209 @@
+"""The tables of the screen; each has its title for the heading of its first column."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from planner.gantt import bar, columns, gantt, widths
+from planner.plan import Plan
+from planner.units import GIB, format_gib, format_seconds
+
+if TYPE_CHECKING:
+    from planner.sweep import Frontier, FrontierPoint, Neighbour
+
+SHOWN_BYTES = 5 * 2**20 + 2**18  # less reads 0.00 GiB
+COLUMNS = 80
+LABEL, SUMMARY = 10, 14  # columns left and right of the timeline
+
+
+def gib(size_bytes: int) -> str:
+    return f"{size_bytes / GIB:.2f}"
+
+
+def number(seconds: float) -> str:
+    return f"{seconds:.2f}" if abs(seconds) < 1000 else f"{seconds:.0f}"
+
+
+def table(headings: Sequence[tuple[str, bool]], *, gap: int = 1) -> Table:
+    """A table with these headings; True: a column of numbers. The last column alone may wrap."""
+    made = Table(
+        box=None, show_edge=False, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold"
+    )
+    for position, (heading, numeric) in enumerate(headings):
+        last = position == len(headings) - 1
+        made.add_column(heading, justify="right" if numeric else "left", no_wrap=not last)
+    return made
+
+
+def phases(plan: Plan) -> Table:
+    """One row per phase: where its bytes are, its peaks, its seconds."""
+    headings = (
+        "weights\nresident",
+        "weights\nstreamed",
+        "activ-\nations",
+        "KV\ncache",
+        "stag-\ning",
+        "work-\nspace",
+        "con-\ntext",
+        "peak\nexp.",
+        "peak\nbound",
+        "\nseconds",
+    )
+    made = table([("\nphase", False), *((heading, True) for heading in headings)])
+    for row in plan.prediction.phases:
+        sizes = (
+            row.weights_resident_bytes,
+            row.weights_streamed_bytes,
+            row.activations_bytes,
+            row.kv_cache_bytes,
+            row.staging_bytes,
+            row.outside_bytes,
+            row.context_bytes,
+            row.expected_peak_bytes,
+            row.bound_peak_bytes,
+        )
+        cells = [gib(size) if size else "-" for size in sizes]
+        made.add_row(row.phase, *cells, number(row.seconds))
+    total = number(plan.prediction.seconds)
+    peaks = gib(plan.prediction.expected_peak_bytes), gib(plan.prediction.bound_peak_bytes)
+    made.add_row("all", *[""] * 7, *peaks, total, style="bold")
+    return made
+
+
+def timeline(plan: Plan, *, blocks: bool) -> Text:
+    """Both queues and the bytes in use over the phases, each phase with a scale of its own."""
+    drawn = gantt(plan)
+    names = [_phase_name(plan, name) for name, _, _ in drawn.phases]
+    seconds = [stop - start for _, start, stop in drawn.phases]
+    shown = [format_seconds(s) for s in seconds]
+    labels = [max(pair, key=len) for pair in zip(names, shown, strict=True)]
+    wide = widths(seconds, labels, COLUMNS - LABEL - SUMMARY - len(names))
+    full = max(plan.device.budget_bytes or 0, plan.prediction.bound_peak_bytes)
+    computing, copying = drawn.busy
+    waits = sum(seconds[1:]) - computing
+    summaries = (
+        f" waits {_short(waits)}" if waits >= 0.005 * sum(seconds) else " never waits",
+        f" busy {_short(copying)}" if copying else "",
+        f" of {format_gib(full)}",
+    )
+    rows = (
+        ("compute", drawn.compute, 1.0, False),
+        ("copies", drawn.copies, 1.0, False),
+        ("in use", drawn.alive, float(full), True),
+    )
+    mark = "\u2502" if blocks else "|"
+
+    def line(label: str, cells: Sequence[str], end: str) -> str:
+        padded = (cell.ljust(width) for cell, width in zip(cells, wide, strict=True))
+        return f"{label:{LABEL}}" + "".join(mark + cell for cell in padded) + mark + end
+
+    text = Text(no_wrap=True)
+    text.append(f"{line('timeline', names, '')}\n", style="bold")
+    text.append(line("", shown, ""))
+    for (label, spans, top, most), summary in zip(rows, summaries, strict=True):
+        cells = [
+            bar(columns(spans, start, stop, width, most=most), top, blocks=blocks)
+            for (_, start, stop), width in zip(drawn.phases, wide, strict=True)
+        ]
+        text.append("\n" + line(label, cells, summary))
+    return text
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds:.0f} s"
+
+
+def _phase_name(plan: Plan, name: str) -> str:
+    return f"decode x{plan.decode_repeats}" if name == "decode" else name
+
+
+def peak(plan: Plan) -> Table:
+    """What the device holds at the peak, term by term, each with its error and where it is known from."""
+    prediction = plan.prediction
+    headings = [("alive at the peak", False), ("GiB", True), ("at most +", True)]
+    made = table([*headings, ("known from", False)], gap=2)
+    rest = 0
+    for term in prediction.terms:
+        if abs(term.expected_bytes) < SHOWN_BYTES and not term.error_bytes:
+            rest += term.expected_bytes
+            continue
+        error = gib(term.error_bytes) if term.error_bytes else ""
+        # what follows are details and the sources' own references
+        source = re.split("[:;,(]", term.source)[0].strip()
+        made.add_row(term.name, gib(term.expected_bytes), error, source)
+    if abs(rest) >= SHOWN_BYTES:
+        made.add_row("smaller terms together", gib(rest), "", "")
+    error = gib(prediction.bound_peak_bytes - prediction.expected_peak_bytes)
+    made.add_row(
+        f"all, in {prediction.peak_step}",
+        gib(prediction.expected_peak_bytes),
+        error,
+        "",
+        style="bold",
+    )
+    return made
+
+
+def moves(plan: Plan) -> Table:
+    """What each move of the plan saves and costs, beside the same plan without that one."""
+    made = table(
+        [("each move, beside the plan without it", False), ("GiB saved", True), ("s paid", True)],
+        gap=2,
+    )
+    for move in plan.prediction.moves:
+        made.add_row(move.name, _signed(move.saved_bytes / GIB), _signed(move.paid_seconds))
+    return made
+
+
+def _signed(value: float) -> str:
+    return "0" if abs(value) < 0.005 else number(value)
+
+
+def others(plan: Plan, cheaper: Neighbour | None, faster: Neighbour | None) -> Table:
+    """The same request otherwise: the neighbouring budgets, the ideas off, the usual way."""
+    budget, prediction = plan.device.budget_bytes, plan.prediction
+    headings = [("the same request, other ways", False), ("needs GiB", True), ("seconds", True)]
+    made = table(headings if budget is None else [*headings, ("fits", False)], gap=2)
+    rows = [("this plan", prediction.bound_peak_bytes, prediction.seconds, "yes")]
+    for name, point in (("next cheaper budget", cheaper), ("next faster budget", faster)):
+        if point is not None:
+            fits = "yes" if budget is None or point.budget_bytes <= budget else "no"
+            rows.append((f"{name} (estimate)", point.budget_bytes, point.seconds, fits))
+    for variant in prediction.variants:
+        fits = "yes" if variant.fits else "no"
+        same = variant.note == "as in this plan"
+        rows.append((variant.name, variant.bound_bytes, variant.seconds, "as is" if same else fits))
+    for name, size, seconds, fits in rows:
+        made.add_row(name, gib(size), number(seconds), *([] if budget is None else [fits]))
+    return made
+
+
+def sweep(found: Frontier) -> Table:
+    """One row per point: budget, seconds in all and by phase, and the levers in a few words."""
+    phases_ = [row.phase for row in found.points[0].phases]
+    headings = [("budget\nGiB", True), ("\nseconds", True)]
+    headings += [(f"\n{phase}", True) for phase in phases_ if phase != "load"]
+    made = table([*headings, ("units resident in vision,\nprefill, decode; slots", False)], gap=2)
+    for point in found.points:
+        seconds = [number(row.seconds) for row in point.phases if row.phase != "load"]
+        made.add_row(gib(point.budget_bytes), number(point.seconds), *seconds, _in_words(point))
+    return made
+
+
+def _in_words(point: FrontierPoint) -> str:
+    """`0/66, 13/95, 26/95; 2 slots`, or that all are resident."""
+    counts: dict[str, list[int]] = {}
+    for row in point.levers.residency:
+        count = counts.setdefault(row.phase, [0, 0])
+        count[0] += row.resident
+        count[1] += row.total
+    if all(resident == total for resident, total in counts.values()):
+        return "all"
+    words = ", ".join(f"{resident}/{total}" for resident, total in counts.values())
+    slots = point.levers.staging_depth
+    return f"{words}; {slots} slot{'s' * (slots > 1)}"
