@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from planner import buffers
 from planner.plan import (
@@ -28,6 +28,8 @@ from planner.plan import (
     View,
     Workload,
 )
+
+Anchor = Literal["late", "early", "middle"]
 
 LOOKAHEAD = 1  # steps by which a unit that is used once and has its own buffer is fetched ahead
 
@@ -67,8 +69,9 @@ class CopyDraft(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PhaseResidency:
-    """Which units of each class are resident, by count; the others are streamed. Residents are spread evenly, unless
-    `sets` names them (positions of attention halves, MLP halves, lm_head tiles; the counts are their sizes).
+    """Which units of each class are resident, by count; the others are streamed. Residents are spread evenly, beginning
+    at the end that `anchor` names (of lm_head tiles always the last), unless `sets` names them (positions of attention
+    halves, MLP halves, lm_head tiles; the counts are their sizes).
 
     In prefill no more than in decode: residents of prefill stay.
     """
@@ -76,6 +79,7 @@ class PhaseResidency:
     attn: int
     mlp: int
     head: int = 0  # lm_head tiles
+    anchor: Anchor = "late"
     sets: tuple[frozenset[int], frozenset[int], frozenset[int]] | None = None
 
     @classmethod
@@ -84,21 +88,22 @@ class PhaseResidency:
     ) -> PhaseResidency:
         """Exactly these units."""
         sets = frozenset(attn), frozenset(mlp), frozenset(head)
-        return cls(len(sets[0]), len(sets[1]), len(sets[2]), sets)
+        return cls(len(sets[0]), len(sets[1]), len(sets[2]), sets=sets)
 
     def positions(
         self, totals: Sequence[int], within: PhaseResidency | None = None
     ) -> list[frozenset[int]]:
         """Positions of the residents of each class, of so many in all; spread over the residents of `within` where given."""
-        counts = (self.attn, self.mlp, self.head)
         if self.sets is not None:
             return list(self.sets)
+        counts = (self.attn, self.mlp, self.head)
+        anchors: tuple[Anchor, ...] = (self.anchor, self.anchor, "late")
         if within is None:
-            return [spread(count, total) for count, total in zip(counts, totals, strict=False)]
+            return [spread(*found) for found in zip(counts, totals, anchors, strict=False)]
         found = []
-        for count, outer in zip(counts, within.positions(totals), strict=False):
+        for count, outer, anchor in zip(counts, within.positions(totals), anchors, strict=False):
             among = sorted(outer)
-            found.append(frozenset(among[i] for i in spread(count, len(among))))
+            found.append(frozenset(among[i] for i in spread(count, len(among), anchor)))
         return found
 
 
@@ -131,12 +136,16 @@ class Program:
         return self.starts.get("decode", len(self.steps))
 
 
-@lru_cache(maxsize=4096)
-def spread(resident: int, total: int) -> frozenset[int]:
-    """`resident` of `total` positions, evenly: between two residents lie equally many streamed units, give or take one."""
-    return frozenset(
-        i for i in range(total) if (i + 1) * resident // total != i * resident // total
-    )
+@lru_cache(maxsize=8192)
+def spread(resident: int, total: int, anchor: Anchor = "late") -> frozenset[int]:
+    """`resident` of `total` positions, evenly: between two residents lie equally many streamed units, give or take one.
+
+    `late` has the last of them, `early` the first, `middle` neither unless all.
+    """
+    if anchor == "middle":
+        return frozenset((2 * i + 1) * total // (2 * resident) for i in range(resident))
+    late = (i for i in range(total) if (i + 1) * resident // total != i * resident // total)
+    return frozenset(total - 1 - i if anchor == "early" else i for i in late)
 
 
 def program(

@@ -21,7 +21,7 @@ HEADS = 3
 
 def drawn_residency(draw: random.Random, attn: int, mlp: int, head: int = 0) -> PhaseResidency:
     counts = draw.randint(0, attn), draw.randint(0, mlp), draw.randint(0, head)
-    return PhaseResidency(*counts)
+    return PhaseResidency(*counts, draw.choice(["late", "early", "middle"]))
 
 
 def drawn_choice(kit: Any, draw: random.Random) -> Choice:
