@@ -57,15 +57,17 @@ class CachingAllocator:
     ) -> None:
         self.settings = settings or Settings()
         self.heap = Heap(self.settings)
+        self.free_bytes = free_bytes
         self.limit_bytes: int | None = None
-        if total_bytes is not None and self.settings.memory_fraction < 1:
-            self.limit_bytes = int(self.settings.memory_fraction * total_bytes)
-        self._driver_bytes = free_bytes
+        self._total_bytes = total_bytes
+        if total_bytes is not None:
+            self.set_memory_fraction(self.settings.memory_fraction)
         self._range_bytes = RANGE_BYTES if total_bytes is None else total_bytes + total_bytes // 8
         self._next_address = FIRST_ADDRESS
         self._events: dict[int, deque[Event]] = {}
         self._deferred: list[Block] = []  # freed during a capture, used on other streams
         self._private: dict[PoolId, PrivatePool] = {}
+        self._lenders: list[PoolId] = []
         self._active: list[tuple[PoolId, frozenset[int] | None, bool]] = []
 
     @property
@@ -119,9 +121,26 @@ class CachingAllocator:
                 for event in events:
                     event.passed = True
 
-    def empty_cache(self) -> None:
-        """Give every segment without a live block back to the driver, after all events have passed."""
-        self._release_cached()
+    def empty_cache(self, pool_id: PoolId = DEFAULT_POOL) -> None:
+        """Give segments without a live block back to the driver, after all events have passed.
+
+        Of the default pools and of private ones that nobody uses any more; or of one such private pool alone.
+        """
+        self._release_cached(None if pool_id == DEFAULT_POOL else pool_id)
+
+    # --- settings while it runs -----------------------------------------------------------------------------------
+
+    def set_memory_fraction(self, fraction: float) -> None:
+        """Limit reserved bytes to a share of the card's memory; a whole share is no limit (before torch 2.9 it was)."""
+        if self._total_bytes is None:
+            raise ValueError("a share of a card whose memory is not known")
+        self.limit_bytes = int(fraction * self._total_bytes) if fraction < 1 else None
+
+    def set_settings(self, settings: Settings) -> None:
+        """Go on with other settings, as torch.cuda.memory._set_allocator_settings does; blocks stay as they are."""
+        self.settings = self.heap.settings = settings
+        for pool in self.heap.pools.values():
+            pool.expandable = settings.expandable_segments
 
     # --- pools ----------------------------------------------------------------------------------------------------
 
@@ -134,6 +153,19 @@ class CachingAllocator:
         """
         self._private.setdefault(pool_id, PrivatePool()).users += 1
         self._active.append((pool_id, streams, capture))
+
+    def create_pool(
+        self, pool_id: PoolId, *, split: bool = True, use_on_oom: bool = False
+    ) -> None:
+        """A torch.cuda.MemPool: one user until `release_pool`.
+
+        Without `split` it hands out whole segments; `use_on_oom` lends its free blocks where the driver refuses.
+        """
+        self._private.setdefault(pool_id, PrivatePool()).users += 1
+        for small in (True, False):
+            self.heap.pool_of(pool_id, small).split = split
+        if use_on_oom:
+            self._lenders.append(pool_id)
 
     def end_pool(self, pool_id: PoolId) -> None:
         """Requests go where they went before `begin_pool`; the pool stays."""
@@ -161,6 +193,9 @@ class CachingAllocator:
         if self._collects:
             self._collect_garbage()
         block = self._grow(pool, stream, size)
+        if block is None and pool.id == DEFAULT_POOL:
+            for pool_id in self._lenders:
+                block = block or self._find(self.heap.pool(size, pool_id), stream, size)
         if block is None and self._release_oversize(pool, stream, size):
             block = self._grow(pool, stream, size)
         if block is None and not any(capture for _, _, capture in self._active):
@@ -191,7 +226,7 @@ class CachingAllocator:
         return self.heap.add_segment(pool, stream, self._made_up(segment), segment)
 
     def _driver_gives(self, size_bytes: int) -> bool:
-        return self._driver_bytes is None or self.reserved_bytes + size_bytes <= self._driver_bytes
+        return self.free_bytes is None or self.reserved_bytes + size_bytes <= self.free_bytes
 
     def _made_up(self, size_bytes: int) -> int:
         address = self._next_address
@@ -252,12 +287,18 @@ class CachingAllocator:
                 self._release_segment(block)
         return released >= wanted
 
-    def _release_cached(self) -> None:
+    def _release_cached(self, only: PoolId | None = None) -> None:
         """Every segment without a live block, of the default pools and of private ones that nobody uses."""
-        self._synchronize()
-        for small in (False, True):
-            self._release_pool(self.heap.pool_of(DEFAULT_POOL, small))
-        for pool_id in [pool_id for pool_id, private in self._private.items() if not private.users]:
+        if only is None and not self._active:
+            self._synchronize(None)
+            for small in (False, True):
+                self._release_pool(self.heap.pool_of(DEFAULT_POOL, small))
+        unused = [pool_id for pool_id, private in self._private.items() if not private.users]
+        for pool_id in unused:
+            if only is not None:
+                if pool_id != only:
+                    continue
+                self._synchronize(pool_id)
             for small in (True, False):
                 self._release_pool(self.heap.pool_of(pool_id, small))
             if self._private[pool_id].segments == 0:
@@ -305,13 +346,18 @@ class CachingAllocator:
             if not events:
                 del self._events[stream]
 
-    def _synchronize(self) -> None:
+    def _synchronize(self, pool_id: PoolId | None) -> None:
+        """Wait for all events, or for those of one pool's blocks."""
         self.stats.num_sync_all_streams += 1
         self._insert_deferred()
-        for events in self._events.values():
+        for stream, events in list(self._events.items()):
+            kept: deque[Event] = deque()
             for event in events:
-                self._finish(event.block)
-        self._events = {}
+                if pool_id is None or event.block.pool.id == pool_id:
+                    self._finish(event.block)
+                else:
+                    kept.append(event)
+            self._events[stream] = kept
 
     def _finish(self, block: Block) -> None:
         block.waiting -= 1
@@ -326,7 +372,7 @@ class CachingAllocator:
         torch counts neither; here the bytes without a cache count as reserved, because the device holds them.
         """
         size = -(-size_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES
-        if not self._driver_gives(size):
+        if size and not self._driver_gives(size):
             self.stats.num_ooms += 1
             raise OutOfMemory(self._refusal(size))
         block = Block(Pool(OUTSIDE, True, False), stream, self._made_up(size), size)
@@ -338,7 +384,7 @@ class CachingAllocator:
     def _refusal(self, size: int) -> str:
         bounds = [
             f"{name} {format_mib(bound)}"
-            for name, bound in (("limit", self.limit_bytes), ("the driver has", self._driver_bytes))
+            for name, bound in (("limit", self.limit_bytes), ("the driver has", self.free_bytes))
             if bound is not None
         ]
         return (

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 from planner.allocator_settings import Settings
 from planner.expandable import Pages, grow, map_pages, reserve, unmap_pages, whole_pages
-from planner.heap import DEFAULT_POOL, Block, Heap, Pool
-from planner.rollback import RANGE_BYTES, Start, roll_back
+from planner.heap import DEFAULT_POOL, Block, Heap, Pool, PoolId
+from planner.rollback import RANGE_BYTES, UNKNOWN, Start, roll_back
 from planner.snapshot import DeviceRecord, Event, Snapshot
 
 MADE_UP_ADDRESS = 1 << 60  # above what any driver gives
@@ -158,7 +158,53 @@ class _Run:
         }
         self.completes = any(event.action == "free_completed" for event in record.events)
         _mark_expandable(self.heap, record, start)
+        self.attempts = _attempts(record.events)
+        self.unknown_pools = 0
+        self.latest_pool = DEFAULT_POOL  # of the last allocation
+        self.refused: set[int] = (
+            set()
+        )  # requests for which nothing was free before memory was given back
         self.outcome = Outcome(record.device)
+
+    def pool_id(self, index: int) -> PoolId:
+        """The pool of an event: as recorded, else that of the segment it lies in, else what the rules leave.
+
+        Older versions do not record it. Where the segment is gone at the end, new memory although the default pool
+        has a block that fits belongs to a private pool: the latest one, or a new one where that has a block too.
+        """
+        known = self.start.pool_ids[index]
+        if known is not None:
+            return known
+        event = self.record.events[index]
+        block = self.heap.blocks.get(event.address)
+        if event.action != "alloc" or not self.grown:
+            pool_id = block.pool.id if block is not None else DEFAULT_POOL
+        else:
+            pool_id = self._unknown_pool(event)
+        self.start.pool_ids[index] = pool_id
+        return pool_id
+
+    def _unknown_pool(self, event: Event) -> PoolId:
+        size = self.settings.round_size(event.size_bytes)
+
+        def fits(pool_id: PoolId) -> bool:
+            return self.heap.find(self.heap.pool(size, pool_id), event.stream, size) is not None
+
+        latest = (UNKNOWN, self.unknown_pools)
+        if not fits(DEFAULT_POOL) and (self.latest_pool != latest or fits(latest)):
+            return DEFAULT_POOL
+        if not self.unknown_pools or fits(latest):
+            self.unknown_pools += 1
+            latest = (UNKNOWN, self.unknown_pools)
+        return latest
+
+    def _attempt(self, index: int) -> None:
+        """Search for a request whose first attempt failed, now: torch does not search again after its retry."""
+        event = self.record.events[index]
+        size = self.settings.round_size(event.size_bytes)
+        pool = self.heap.pool(size, self.start.pool_ids[index] or DEFAULT_POOL)
+        if self.heap.find(pool, event.stream, size) is None:
+            self.refused.add(index)
 
     def request_free(self, event: Event) -> None:
         block = self.held.get(event.address)
@@ -195,15 +241,16 @@ class _Guided(_Run):
         releasing = False
         for index, event in enumerate(events):
             action = event.action
+            if index in self.attempts:
+                self._attempt(self.attempts[index])
             if action in ("segment_free", "segment_unmap"):
                 if not releasing:
                     out.releases += 1
+                    self._finish_attempt(index)
                     self.expected = self._releasable(index)
                 releasing = True
                 self._release(event)
                 continue
-            if releasing and action in ("segment_alloc", "segment_map"):
-                out.retries += not events[index - 1].emptied
             releasing = False
             if action == "alloc":
                 self._alloc(event, index)
@@ -225,14 +272,17 @@ class _Guided(_Run):
                 self.grown.append(event)
             elif action == "oom":
                 out.ooms_recorded += 1
-                pool = heap.pool(event.size_bytes, self.start.pool_ids[index])
-                out.ooms_predicted += heap.find(pool, event.stream, event.size_bytes) is None
+                pool = heap.pool(event.size_bytes, self.pool_id(index))
+                out.ooms_predicted += (
+                    index in self.refused or heap.find(pool, event.stream, event.size_bytes) is None
+                )
             elif action == "snapshot" and event.pool_id in (None, DEFAULT_POOL):
                 out.snapshots_recorded += 1
                 out.snapshots_equal += event.size_bytes == heap.stats.active_bytes.all.current
         for event in self.grown:
             # grown for a request that failed, or whose event did not come any more
-            self._grow_as_recorded(event, self.start.pool_ids[-1])
+            self._grow_as_recorded(event, self.pool_id(len(events) - 1))
+        out.retries = len(self.attempts)
         out.peak_allocated_predicted_bytes = heap.stats.allocated_bytes.all.peak
         out.statistics = heap.stats.as_dict()
         self._compare_final()
@@ -244,7 +294,7 @@ class _Guided(_Run):
         out, heap, grown = self.outcome, self.heap, self.grown
         out.allocs += 1
         size = self.settings.round_size(event.size_bytes)
-        pool_id = self.start.pool_ids[index]
+        pool_id = self.latest_pool = self.pool_id(index)
         pool = heap.pool(size, pool_id)
         allocs = [g for g in grown if g.action == "segment_alloc"]
         maps = [g for g in grown if g.action == "segment_map"]
@@ -252,7 +302,7 @@ class _Guided(_Run):
         out.segment_maps_recorded += len(maps)
         if grown:
             pool.expandable = bool(maps)
-        predicted = heap.find(pool, event.stream, size)
+        predicted = None if index in self.refused else heap.find(pool, event.stream, size)
         expected = predicted.address if predicted is not None else -1
         before = heap.reserved_bytes
         if predicted is not None:
@@ -302,6 +352,30 @@ class _Guided(_Run):
                 self._grow_as_recorded(found, pool.id)
         return address
 
+    def _finish_attempt(self, index: int) -> None:
+        """Count what a failed attempt had mapped before the driver refused: the rules map the same until then."""
+        maps, self.grown = self.grown, []
+        if not maps:
+            return
+        out = self.outcome
+        request = next((i for i in self.attempts.values() if i > index), None)
+        out.segment_maps_recorded += sum(found.action == "segment_map" for found in maps)
+        out.segment_allocs_recorded += sum(found.action == "segment_alloc" for found in maps)
+        pool_id = self.pool_id(index - 1)
+        if request is None or not all(found.action == "segment_map" for found in maps):
+            for found in maps:
+                self._grow_as_recorded(found, pool_id)
+            return
+        event = self.record.events[request]
+        size = self.settings.round_size(event.size_bytes)
+        extra, peak = out.segment_maps_extra, out.peak_reserved_predicted_bytes
+        self._grow_pages(event, self.heap.pool(size, pool_id), size, maps)
+        # what was not mapped any more was refused, not missed
+        out.segment_maps_extra, out.peak_reserved_predicted_bytes = extra, peak
+        reserved = self.heap.reserved_bytes
+        out.peak_reserved_recorded_bytes = max(out.peak_reserved_recorded_bytes, reserved)
+        out.peak_reserved_predicted_bytes = max(out.peak_reserved_predicted_bytes, reserved)
+
     def _base(self, maps: list[Event], event: Event) -> tuple[int, int]:
         """Address and size of the range of addresses that an allocation falls in."""
         found = self.start.range_of(maps[0].address if maps else event.address)
@@ -309,7 +383,7 @@ class _Guided(_Run):
             return found.address, found.size_bytes
         return MADE_UP_ADDRESS + len(self.heap.blocks) * RANGE_BYTES, RANGE_BYTES
 
-    def _grow_as_recorded(self, event: Event, pool_id: tuple[int, int]) -> None:
+    def _grow_as_recorded(self, event: Event, pool_id: PoolId) -> None:
         heap = self.heap
         if event.action == "segment_alloc":
             pool = heap.pool_of(pool_id, event.size_bytes == self.settings.page_size(small=True))
@@ -373,7 +447,7 @@ class _Guided(_Run):
                 heap.join(block, following)
                 block.pool.insert(block)
             else:
-                self._evict(following)
+                block = self._evict(following)  # joins the free block in front of it, which is ours
         return block
 
     def _evict(self, block: Block) -> Block:
@@ -428,7 +502,7 @@ class _Guided(_Run):
         events = self.record.events
         pool_ids = {DEFAULT_POOL}
         while index < len(events) and events[index].action in ("segment_free", "segment_unmap"):
-            pool_ids.add(self.start.pool_ids[index])
+            pool_ids.add(self.pool_id(index))
             index += 1
         found = set()
         for pool in self.heap.pools.values():
@@ -493,6 +567,8 @@ class _Free(_Run):
         peak = heap.reserved_bytes
         for index, event in enumerate(self.record.events):
             action = event.action
+            if index in self.attempts:
+                self._attempt(self.attempts[index])
             if action == "alloc":
                 self._alloc(event, index)
                 self.grown = []
@@ -504,9 +580,10 @@ class _Free(_Run):
             elif action in ("segment_alloc", "segment_map"):
                 self.grown.append(event)
             elif action == "segment_free":
+                self.grown = []  # of an attempt that failed
                 self._release(event, index)
             elif action == "segment_unmap":
-                self._unmap(event, index)
+                self._unmap(event)
         return FreeRun(
             self.allocs, self.allocs_extra, self.maps, self.maps_extra, peak, heap.reserved_bytes
         )
@@ -514,10 +591,10 @@ class _Free(_Run):
     def _alloc(self, event: Event, index: int) -> None:
         heap, grown = self.heap, self.grown
         size = self.settings.round_size(event.size_bytes)
-        pool = heap.pool(size, self.start.pool_ids[index])
+        pool = heap.pool(size, self.pool_id(index))
         if grown:
             pool.expandable = grown[-1].action == "segment_map"
-        block = heap.find(pool, event.stream, size)
+        block = None if index in self.refused else heap.find(pool, event.stream, size)
         if block is None and pool.expandable:
             growth = grow(
                 heap,
@@ -563,7 +640,7 @@ class _Free(_Run):
             or block.size_bytes != event.size_bytes
         ):
             keys = heap.pool_of(
-                self.start.pool_ids[index], event.size_bytes == self.settings.page_size(small=True)
+                self.pool_id(index), event.size_bytes == self.settings.page_size(small=True)
             ).free.get(event.stream, [])
             same = keys[bisect.bisect_left(keys, (event.size_bytes, 0)) :]
             block = next(
@@ -577,14 +654,45 @@ class _Free(_Run):
         if block is not None:
             heap.remove_segment(block)
 
-    def _unmap(self, event: Event, index: int) -> None:
+    def _unmap(self, event: Event) -> None:
         """The first event of a release gives all whole free pages of that pool back."""
         found = self.start.range_of(event.address)
         assert found is not None  # the ranges were made of these events
-        pool = self.heap.pool_of(self.start.pool_ids[index], found.small)
+        pool = self.heap.pool_of(found.pool_id, found.small)
         for block in list(self.heap.free_blocks(pool)):
             if block.reservation is not None and whole_pages(block).size_bytes:
                 unmap_pages(self.heap, block, whole_pages(block))
+
+
+def _attempts(events: tuple[Event, ...]) -> dict[int, int]:
+    """By the event with which a retry begins: the request (alloc or oom) that it was for.
+
+    A retry is one run of events: frees that were waiting for other streams, memory given back, new memory, the
+    request. An empty_cache right before a request looks the same; the search then finds the same in both places,
+    unless frees that it waited for joined to a block that fits.
+    """
+    found = {}
+    first: int | None = None  # of the run
+    released = False
+    for index, event in enumerate(events):
+        action = event.action
+        if action in ("segment_free", "segment_unmap"):
+            released = released or not event.emptied
+        elif action == "free_completed":
+            before = events[index - 1] if index else None
+            if before and before.action == "free_requested" and before.address == event.address:
+                first, released = None, False
+                continue
+        elif action in ("segment_alloc", "segment_map"):
+            pass
+        else:
+            if first is not None and (action == "oom" or (released and action == "alloc")):
+                found[first] = index
+            first, released = None, False
+            continue
+        if first is None:
+            first = index
+    return found
 
 
 def _mark_expandable(heap: Heap, record: DeviceRecord, start: Start) -> None:
@@ -594,7 +702,7 @@ def _mark_expandable(heap: Heap, record: DeviceRecord, start: Start) -> None:
     paged = {found.pool_id for found in start.ranges}
     for index, event in enumerate(record.events):
         if event.action == "segment_alloc":
-            pool_id = start.pool_ids[index]
+            pool_id = start.pool_ids[index] or DEFAULT_POOL
             small = event.size_bytes == heap.settings.page_size(small=True)
             if pool_id not in paged:
                 heap.pool_of(pool_id, small).expandable = False

@@ -11,12 +11,14 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 from planner.allocator_settings import MIN_BLOCK_BYTES, SMALL_BYTES, SMALL_SEGMENT_BYTES, Settings
 from planner.heap import DEFAULT_POOL, Heap, Piece, PoolId, Reservation
 from planner.snapshot import DeviceRecord, Event
 from planner.units import GIB
 
+UNKNOWN = 1 << 64  # first part of made-up ids of pools that nobody recorded
 RANGE_BYTES = 1024 * GIB  # of an expandable segment's addresses; their end is not recorded
 
 
@@ -34,7 +36,7 @@ class Segment:
     size_bytes: int
     stream: int
     small: bool
-    pool_id: PoolId
+    pool_id: PoolId | None
 
 
 @dataclass(slots=True)
@@ -76,7 +78,7 @@ class Start:
     segments: dict[int, Segment]
     ranges: list[Range]
     live: dict[int, Live]
-    pool_ids: list[PoolId]
+    pool_ids: list[PoolId | None]  # None: of a segment that is gone, its pool was never told
     guessed_sizes: int = 0  # blocks whose slack cannot be known
     contradictions: int = 0  # events that do not fit what comes after them
 
@@ -91,7 +93,7 @@ class Start:
         heap = Heap(settings)
         addresses = sorted(self.live)
         for address, segment in sorted(self.segments.items()):
-            pool = heap.pool_of(segment.pool_id, segment.small)
+            pool = heap.pool_of(segment.pool_id or DEFAULT_POOL, segment.small)
             pieces = self._pieces(addresses, address, address + segment.size_bytes)
             heap.load_segment(pool, segment.stream, pieces)
         for found in self.ranges:
@@ -164,7 +166,10 @@ def _undo(start: Start, event: Event, index: int, bases: list[int], completes: b
     if action in ("oom", "snapshot"):
         start.pool_ids[index] = event.pool_id or DEFAULT_POOL
         return
-    start.pool_ids[index] = _pool_id(start, event, bases)
+    if action != "segment_free":
+        start.pool_ids[index] = _pool_id(start, event, bases)
+    else:
+        start.pool_ids[index] = event.pool_id
     if action == "alloc":
         if live.pop(address, None) is None:
             start.contradictions += 1
@@ -192,9 +197,7 @@ def _undo(start: Start, event: Event, index: int, bases: list[int], completes: b
         else:
             bisect.insort(bases, address)
         small = event.size_bytes == SMALL_SEGMENT_BYTES
-        start.segments[address] = Segment(
-            event.size_bytes, event.stream, small, event.pool_id or DEFAULT_POOL
-        )
+        start.segments[address] = Segment(event.size_bytes, event.stream, small, event.pool_id)
     else:
         found_range = start.range_of(address)
         assert found_range is not None  # _ranges made it
@@ -204,7 +207,7 @@ def _undo(start: Start, event: Event, index: int, bases: list[int], completes: b
             found_range.add(address, address + event.size_bytes)
 
 
-def _pool_id(start: Start, event: Event, bases: list[int]) -> PoolId:
+def _pool_id(start: Start, event: Event, bases: list[int]) -> PoolId | None:
     """The pool an event belongs to: as recorded, or that of the segment it lies in."""
     if event.pool_id is not None:
         return event.pool_id
@@ -220,14 +223,25 @@ def _pool_id(start: Start, event: Event, bases: list[int]) -> PoolId:
     return DEFAULT_POOL
 
 
+class _Seen(NamedTuple):
+    """Addresses of an expandable segment that were mapped at some time. None: not told."""
+
+    address: int
+    size_bytes: int
+    stream: int
+    small: bool | None
+    pool_id: PoolId | None
+
+
 def _ranges(record: DeviceRecord, settings: Settings) -> list[Range]:
     """The expandable segments that the final state and the events show: neighbours of one stream and pool."""
-    seen: list[tuple[int, int, int, bool | None, PoolId | None]] = [
-        (s.address, s.size_bytes, s.stream, s.small, s.pool_id)
+    seen = [
+        _Seen(s.address, s.size_bytes, s.stream, s.small, s.pool_id)
         for s in record.segments
         if s.expandable
     ]
     large_page = settings.page_size(small=False)
+    unclear: list[_Seen] = []
     for event in record.events:
         if event.action in ("segment_map", "segment_unmap"):
             small: bool | None = None
@@ -235,43 +249,70 @@ def _ranges(record: DeviceRecord, settings: Settings) -> list[Range]:
                 small = True
             elif event.action == "segment_map" and large_page > SMALL_SEGMENT_BYTES:
                 small = False  # a small request never lacks more than one page
-            seen.append((event.address, event.size_bytes, event.stream, small, event.pool_id))
-    seen.sort(key=lambda entry: entry[:2])
+            entry = _Seen(event.address, event.size_bytes, event.stream, small, event.pool_id)
+            (seen if small is not None else unclear).append(entry)
     ranges: list[Range] = []
-    known: list[list[bool | PoolId | None]] = []
-    for address, size, stream, small, pool_id in seen:
-        if ranges:
-            last, facts = ranges[-1], known[-1]
-            page = settings.page_size(bool(facts[0]) if facts[0] is not None else bool(small))
-            same = (
-                last.stream == stream
-                and (small is None or facts[0] is None or small == facts[0])
-                and (pool_id is None or facts[1] is None or pool_id == facts[1])
-                and (address - last.address) % page == 0
-                and address - last.address < RANGE_BYTES
-            )
-            if same or address < last.address + last.size_bytes:
-                facts[0] = small if facts[0] is None else facts[0]
-                facts[1] = pool_id if facts[1] is None else facts[1]
-                last.size_bytes = max(last.size_bytes, address + size - last.address)
-                continue
-        ranges.append(Range(address, size, stream, False, DEFAULT_POOL))
-        known.append([small, pool_id])
-    for found, facts in zip(ranges, known, strict=True):
-        found.small = bool(facts[0])
-        found.pool_id = facts[1] if isinstance(facts[1], tuple) else DEFAULT_POOL
-    for found, following in pairwise(ranges):
-        found.size_bytes = _whole(
-            found, min(RANGE_BYTES, following.address - found.address), settings
+    pool_ids: list[PoolId | None] = []
+    for entry in sorted(seen, key=lambda entry: entry[:2]):
+        last = ranges[-1] if ranges else None
+        if last is not None and _belongs(entry, last, pool_ids[-1], settings):
+            pool_ids[-1] = pool_ids[-1] or entry.pool_id
+            end = entry.address + entry.size_bytes
+            last.size_bytes = max(last.size_bytes, end - last.address)
+            continue
+        new = Range(entry.address, entry.size_bytes, entry.stream, bool(entry.small), DEFAULT_POOL)
+        ranges.append(new)
+        pool_ids.append(entry.pool_id)
+    for entry in sorted(unclear, key=lambda entry: entry[:2]):
+        index = bisect.bisect_right(ranges, entry.address, key=lambda found: found.address)
+        if index and _belongs(entry, ranges[index - 1], pool_ids[index - 1], settings):
+            found = ranges[index - 1]
+            end = entry.address + entry.size_bytes
+            found.size_bytes = max(found.size_bytes, end - found.address)
+            continue
+        # mapped before the trace and never again: large pages, of which it is a multiple
+        ranges.insert(
+            index, Range(entry.address, entry.size_bytes, entry.stream, False, DEFAULT_POOL)
         )
-    if ranges:
-        ranges[-1].size_bytes = _whole(ranges[-1], RANGE_BYTES, settings)
+        pool_ids.insert(index, entry.pool_id)
+    for index, (found, pool_id) in enumerate(zip(ranges, pool_ids, strict=True)):
+        # a pool has one range by stream and size class: of two that do not say theirs, one is a private pool's
+        others = [
+            (pool_ids[i] or DEFAULT_POOL) == DEFAULT_POOL
+            for i, other in enumerate(ranges)
+            if (other.stream, other.small) == (found.stream, found.small)
+            and (i < index or pool_ids[i] == DEFAULT_POOL)
+        ]
+        found.pool_id = pool_id or ((UNKNOWN, index) if any(others) else DEFAULT_POOL)
+    # all are as large as 1.125 times the card; drivers put them side by side, so that the least distance tells it
+    distances = [following.address - found.address for found, following in pairwise(ranges)]
+    least = max((found.size_bytes for found in ranges), default=0)
+    size_bytes = min((d for d in distances if d >= least), default=RANGE_BYTES)
+    for found in ranges:
+        page = settings.page_size(found.small)
+        found.size_bytes = max(-(-size_bytes // page) * page, found.size_bytes)
+    for found, following in pairwise(ranges):
+        room = (following.address - found.address) // settings.page_size(found.small)
+        found.size_bytes = min(found.size_bytes, room * settings.page_size(found.small))
     return ranges
 
 
-def _whole(found: Range, size_bytes: int, settings: Settings) -> int:
-    page = settings.page_size(found.small)
-    return max(size_bytes // page * page, found.size_bytes)
+def _belongs(entry: _Seen, last: Range, pool_id: PoolId | None, settings: Settings) -> bool:
+    """Whether addresses belong to the range in front of them."""
+    end = last.address + last.size_bytes
+    if entry.address < end:
+        return True
+    if entry.address == end and (entry.pool_id is None or pool_id is None):
+        pool_id = entry.pool_id  # nothing between them: one range, whoever says whose
+    elif pool_id is None:
+        return False
+    return (
+        last.stream == entry.stream
+        and entry.small in (None, last.small)
+        and entry.pool_id == pool_id
+        and (entry.address - last.address) % settings.page_size(last.small) == 0
+        and entry.address - last.address < RANGE_BYTES
+    )
 
 
 # --- sizes of blocks that were alive at the start and are gone at the end ----------------------------------------------
