@@ -76,7 +76,7 @@ def _print_all(profiles: list[DeviceProfile]) -> None:
             f"{profile.bandwidth_bytes_per_s / 1e9:7.0f} {row['matmul_bits16_flops_per_s'] / 1e12:8.1f} "
             f"{profile.host_to_device_bytes_per_s / 1e9:6.1f}  {profile.compute_capability or '-':>4}  {row['rates']}"
         )
-    print('\nRates are sustained ones. --device takes an id or a name such as "RTX 4060 Ti 16GB".')
+    print('\nRates are sustained ones. --device takes an id, or a name: "RTX 4060 Ti 16GB".')
     print("One device, and where each of its figures comes from: plan devices NAME")
 
 

@@ -63,8 +63,8 @@ def kind(buffer: Buffer) -> str:
 def device_bytes(plan: Plan) -> dict[str, list[int]]:
     """Device bytes of each step by kind, bottom of the stack first; at each step they add up to the step's expected bytes.
 
-    Arena bytes that are alive but not on the device yet (rows of the KV cache that only decode writes, on the CPU) are
-    taken off the KV cache. Kinds that the plan has nothing of are left out.
+    Arena bytes that are alive but not on the device yet (on the CPU: rows of the KV cache that only decode writes,
+    weights that are still to arrive) are taken off the first of these kinds. What the plan has nothing of is left out.
     """
     steps = plan.steps
     stack = {name: [0] * len(steps) for name in COLOURS}
@@ -76,7 +76,11 @@ def device_bytes(plan: Plan) -> dict[str, list[int]]:
     for index, step in enumerate(steps):
         rest = step.resident_bytes - step.live_bytes
         stack[REST][index] = max(rest, 0)
-        stack[CACHE][index] += min(rest, 0)
+        missing = max(-rest, 0)
+        for name in (CACHE, LLM, VISION, STAGING, RESIDUAL, TILE):
+            taken = min(missing, stack[name][index])
+            stack[name][index] -= taken
+            missing -= taken
         stack[CONTEXT][index] = plan.device.context_bytes
         stack[HOST][index] = step.host_bytes
         # a card's allocator keeps the largest step's blocks for the whole run; on the CPU a step has its own
@@ -216,31 +220,33 @@ def pareto(frontiers: Mapping[str, Frontier]) -> Figure:
             linewidth=1.4,
             label=title,
         )
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(_plain)
-        axis.set_minor_formatter(lambda value, position: "")
     axes.set_xlabel("budget, GiB", fontsize=_FONT)
     axes.set_ylabel("seconds", fontsize=_FONT)
-    _plain_axes(axes)
+    _logarithmic(axes)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=_FONT)
     return figure
 
 
-def _plain(value: float, position: object = None) -> str:
-    return f"{value:g}"
+def _logarithmic(axes: Axes) -> None:
+    """Powers of two along x, 1, 2 and 5 along y, in plain numbers, on a light grid."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-
-def _plain_axes(axes: Axes) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
     axes.tick_params(labelsize=_FONT)
-    axes.grid(which="both", color="#e6e6e6", linewidth=0.6)
+    axes.grid(color="#e6e6e6", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def save(figure: Figure, path: Path) -> None:
     """Write a picture whole or not at all, the same bytes for the same picture; RunFailed where it cannot be written."""
+    from matplotlib import rc_context
+
     kind_ = path.suffix.lower().removeprefix(".")
     dates: dict[str, dict[str, Any]] = {
         "png": {"Software": None},
@@ -248,5 +254,6 @@ def save(figure: Figure, path: Path) -> None:
         "pdf": {"CreationDate": None},
     }
     made = BytesIO()
-    figure.savefig(made, format=kind_, metadata=dates[kind_])
+    with rc_context({"svg.hashsalt": "stowplan"}):  # ids in the file, else random
+        figure.savefig(made, format=kind_, metadata=dates[kind_])
     write_bytes(path, made.getvalue())

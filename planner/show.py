@@ -64,9 +64,9 @@ def show_sweep(
     request: Request, device: DeviceProfile, *, json: bool, picture: Path | None
 ) -> None:
     """Print budget against seconds as a table or one JSON document, and draw it where `picture` says."""
-    from planner.sweep import document, frontier
+    from planner.sweep import swept
 
-    found = document(request, device, frontier(request, device))
+    found = swept(request, device)
     if picture is not None:
         from planner.plots import pareto, save
 

@@ -24,7 +24,6 @@ NARROW_BYTES = 64 * MIB  # gaps below are not looked into
 CLOSE = 0.02  # nor those where the seconds differ by less than this share
 NOTICED = 0.05  # a neighbour differs by at least this share of the seconds
 TRIES = 4  # budgets looked at for a neighbour, each twice as far away
-OUTSIDE_CAP = 48 * MIB  # of kernels' blocks outside the arena, in estimates for a card
 
 
 class PhaseSeconds(Frozen):
@@ -122,14 +121,14 @@ def _point(plan: Plan, budget: int) -> FrontierPoint:
     )
 
 
-def document(request: Request, device: DeviceProfile, points: Sequence[FrontierPoint]) -> Frontier:
-    """The frontier as what `--sweep --json` prints."""
+def swept(request: Request, device: DeviceProfile, *, points: int = POINTS) -> Frontier:
+    """The frontier with what it is of: what `--sweep --json` prints."""
     return Frontier(
         schema_version=1,
         request=request.command,
         model=request.checkpoint.shape.name,
         device=device.id,
-        points=tuple(points),
+        points=frontier(request, device, points=points),
     )
 
 
@@ -150,24 +149,23 @@ def neighbours(
 
     By the closed form, set beside the plan: what it says of the other budget less what it says of the plan's own.
     """
-    problem = Problem(request, device)
-    prediction = plan.prediction
+    problem, prediction = Problem(request, device), plan.prediction
     bound, seconds = prediction.bound_peak_bytes, prediction.seconds
-    # context, workspaces: what is neither arena nor a kernel's own block
-    fixed = bound - prediction.arena_bytes - OUTSIDE_CAP * (not problem.on_cpu)
+    # what is not the arena stays as it is: context, workspaces, on a card kernels' own blocks
+    fixed = bound - prediction.arena_bytes
+    cap: int | None = max(step.outside_bytes for step in plan.steps)
     if problem.on_cpu:
-        fixed = plan.device.context_bytes + plan.device.context_error_bytes
-    own = _estimate(problem, bound, fixed)
-    if own is None:
-        return None, None
+        fixed, cap = plan.device.context_bytes + plan.device.context_error_bytes, None
+    known = _estimate(problem, bound, fixed, cap)
+    own_seconds = known.seconds if known else seconds - device.start_s
     step = _first_step(plan)
 
     def look(budgets: Sequence[int], sign: int) -> Neighbour | None:
         for budget in budgets:
-            other = _estimate(problem, budget, fixed)
+            other = _estimate(problem, budget, fixed, cap)
             if other is None:
                 return None
-            change = other.seconds - own.seconds
+            change = other.seconds - own_seconds
             if sign * change >= NOTICED * seconds:
                 return Neighbour(other.budget_bytes, seconds + change)
         return None
@@ -193,9 +191,9 @@ def _first_step(plan: Plan) -> int:
     return GIB // 4
 
 
-def _estimate(problem: Problem, budget: int, fixed: int) -> Neighbour | None:
+def _estimate(problem: Problem, budget: int, fixed: int, cap: int | None) -> Neighbour | None:
     """The fastest setting within a budget by the closed form: its bytes and seconds."""
-    cap = None if problem.on_cpu else OUTSIDE_CAP
-    allowance = budget - fixed - (cap or 0)
-    found = min(((c.bound_s, c.bytes) for c in candidates(problem, allowance, cap)), default=None)
-    return found and Neighbour(found[1] + fixed + (cap or 0), found[0])
+    found = min(
+        ((c.bound_s, c.bytes) for c in candidates(problem, budget - fixed, cap)), default=None
+    )
+    return found and Neighbour(found[1] + fixed, found[0])

@@ -177,7 +177,7 @@ def others(plan: Plan, cheaper: Neighbour | None, faster: Neighbour | None) -> T
     for variant in prediction.variants:
         fits = "yes" if variant.fits else "no"
         same = variant.note == "as in this plan"
-        rows.append((variant.name, variant.bound_bytes, variant.seconds, "as is" if same else fits))
+        rows.append((variant.name, variant.bound_bytes, variant.seconds, "same" if same else fits))
     for name, size, seconds, fits in rows:
         made.add_row(name, gib(size), number(seconds), *([] if budget is None else [fits]))
     return made

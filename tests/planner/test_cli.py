@@ -53,7 +53,7 @@ def test_the_report_says_what_fits_how_and_at_what_price_in_80_columns(run: Any)
     assert max(map(len, lines)) <= 80
     assert "\x1b" not in outcome.out
     assert "…" not in outcome.out
-    assert lines[0].startswith("Qwen2.5-VL-7B-Instruct fits 14.90 GiB on rtx-5080-16gb")
+    assert lines[0] == "Qwen2.5-VL-7B-Instruct fits 16GB (14.90 GiB) on rtx-5080-16gb"
     assert "3840x2160 -> 3836x2156 px, 42196 patches, 10549 tokens" in outcome.out
     first_words = [line.split()[0] for line in lines if line.split()]
     for phase in ("load", "vision", "prefill", "decode", "all"):
@@ -68,7 +68,10 @@ def test_the_report_says_what_fits_how_and_at_what_price_in_80_columns(run: Any)
         "attention untiled",
         "all three off",
         "execute plan.json --model DIR",
-        "seconds are estimates",
+        "rates: data sheets",
+        "the usual way",
+        "GiB saved",
+        "timeline",
     ):
         assert words in outcome.out, words
 
@@ -153,7 +156,7 @@ def test_a_budget_above_the_card_is_noted(run: Any) -> None:
         ("--prompt a --prompt-tokens 3", "not allowed with argument"),
         ("--context-tokens 100", "--context-tokens: wanted at least 10762"),
         ("--vra 16GB", "unrecognized arguments"),
-        ("devices", "unrecognized arguments"),
+        ("nonsense", "unrecognized arguments"),
         ("--out no/such/folder/plan.json", "does not exist"),
         ("--device t4-16gb", "float16"),
     ],
@@ -179,7 +182,7 @@ def test_what_does_not_fit_is_exit_code_3_with_the_certificate(run: Any) -> None
     outcome = run("--vram", "1.5GB")
     assert (outcome.code, outcome.out) == (3, "")
     first, step, fit = outcome.err.splitlines()
-    assert first.startswith("error: no plan fits 1.40 GiB: the smallest needs")
+    assert first.startswith("error: no plan fits 1.5GB (1.40 GiB): the smallest needs")
     assert "largest step" in step
     assert "--vram " in fit
     assert "--max-pixels" in fit

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from planner.gantt import BLOCKS, LETTERS, Span, bar, columns, gantt, widths
+from planner.plan import Plan
+
+
+@pytest.mark.parametrize(
+    ("model", "vram", "device", "images", "new"),
+    [
+        ("7b", "16GB", "rtx-5080-16gb", ("3840x2160",), 128),
+        ("7b", "8GB", "rtx-5080-16gb", ("3840x2160",), 128),
+        ("7b", "8GB", "rtx-5080-16gb", (), 128),
+        ("7b", "4GB", "rtx-5080-16gb", ("3840x2160", "640x480"), 1),
+        ("3b", "4GB", "cpu", ("1920x1080",), 2),
+    ],
+)
+def test_both_queues_are_as_busy_as_predicted_and_phases_follow_one_another(
+    kit: Any, model: str, vram: str, device: str, images: tuple[str, ...], new: int
+) -> None:
+    plan: Plan = kit.plan(model, vram, device, images, new)
+    drawn, rows = gantt(plan), plan.prediction.phases
+    assert [name for name, _, _ in drawn.phases] == [row.phase for row in rows]
+    assert [stop - start for _, start, stop in drawn.phases] == pytest.approx(
+        [row.seconds for row in rows]
+    )
+    assert drawn.phases[-1][2] == pytest.approx(plan.prediction.seconds)
+    computing, copying = drawn.busy
+    # on the CPU copies steal seconds, by which what is drawn is stretched
+    close = 0.06 if device == "cpu" else 1e-3
+    assert computing == pytest.approx(sum(row.compute_seconds for row in rows), rel=close)
+    assert copying == pytest.approx(sum(row.copy_seconds for row in rows), rel=close)
+    for row in (drawn.compute, drawn.copies):
+        for left, right in pairwise(row):
+            assert left.stop <= right.start + 1e-9  # one thing at a time
+
+
+def test_a_streamed_decode_waits_for_its_copies(kit: Any) -> None:
+    drawn = gantt(kit.plan("7b", "8GB"))
+    name, start, stop = drawn.phases[-1]
+    assert name == "decode"
+    assert max(columns(drawn.compute, start, stop, 20)) < 0.1
+    assert min(columns(drawn.copies, start, stop, 20)) > 0.9
+
+
+def test_copies_that_come_before_everything_are_drawn_in_load(kit: Any) -> None:
+    from planner.profile import load_profile
+    from planner.search import usual_way
+
+    plan = usual_way(kit.request("7b"), load_profile("rtx-5080-16gb"))
+    drawn = gantt(plan)
+    _, start, stop = drawn.phases[0]
+    assert sum(columns(drawn.copies, start, stop, 30)) > 10
+    assert sum(columns(drawn.compute, start, stop, 30)) == 0
+    assert all(span.start >= stop - 1e-9 for span in drawn.compute)
+
+
+def test_bytes_in_use_never_pass_the_expected_peak_and_reach_nearly_that(kit: Any) -> None:
+    plan = kit.plan("7b", "8GB")
+    most = max(span.value for span in gantt(plan).alive)
+    assert 0.97 * plan.prediction.expected_peak_bytes < most
+    assert most <= plan.prediction.expected_peak_bytes
+
+
+def test_a_column_is_the_mean_or_the_most_of_what_lies_in_it() -> None:
+    spans = [Span(0.0, 1.0, 1.0), Span(1.5, 2.0, 0.5)]
+    assert columns(spans, 0.0, 2.0, 2) == pytest.approx([1.0, 0.25])
+    assert columns(spans, 0.0, 2.0, 2, most=True) == [1.0, 0.5]
+
+
+def test_only_nothing_is_drawn_as_nothing() -> None:
+    assert bar([0.0, 0.001, 0.5, 1.0], 1.0, blocks=False) == " .=#"
+    assert bar([0.0, 0.001, 0.5, 1.0], 1.0, blocks=True) == " \u2581\u2584\u2588"
+    assert len(BLOCKS) == len(LETTERS) == 9
+
+
+def test_phases_get_columns_by_their_seconds_but_room_for_their_names() -> None:
+    wide = widths([1.0, 99.0], ["load", "decode x127"], 50)
+    assert sum(wide) == 50
+    assert wide[0] == 5
+    assert widths([1.0, 1.0], ["load", "load"], 40) == [20, 20]

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import io
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from planner import report
+from planner.plan import Plan
+from planner.report import typed_budget
+from planner.units import GIB
+
+SECTIONS = (
+    "phases, in GiB",
+    "timeline",
+    "alive at the peak",
+    "each move",
+    "other ways",
+    "how",
+    "to run",
+)
+
+
+def text_of(plan: Plan, **options: Any) -> str:
+    made = io.StringIO()
+    Console(file=made, width=80, highlight=False).print(report.render(plan, **options))
+    return made.getvalue()
+
+
+def row_of(text: str, name: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.startswith(name)]
+    return line.removeprefix(name).split()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--vram", "16GB"],
+        ["--vram", "12GB", "--device", "rtx-4070-12gb"],
+        ["--vram", "6GB"],
+        ["--vram", "8GB", *["--image", "3840x2160"] * 4],
+        ["--vram", "8GB", "--image", "none"],
+        ["--vram", "24GB", "--model", "72b", "--device", "rtx-4090-24gb"],
+        ["--device", "cpu", "--model", "3b", "--image", "640x480", "--max-new-tokens", "1"],
+    ],
+)
+def test_the_screen_is_ascii_in_80_columns_and_about_a_screen_and_a_half_when_piped(
+    run: Any, words: list[str]
+) -> None:
+    outcome = run(*words)
+    assert (outcome.code, outcome.err) == (0, "")
+    lines = outcome.out.splitlines()
+    assert outcome.out.isascii()
+    assert max(map(len, lines)) <= 80
+    assert all(line == line.rstrip() for line in lines)
+    assert len(lines) <= 75
+    wanted = [s for s in SECTIONS if s != "each move" or "GiB saved" in outcome.out]
+    positions = [outcome.out.index(section) for section in wanted]
+    assert positions == sorted(positions)
+
+
+def test_the_verdict_says_the_budget_as_typed_and_what_it_costs(run: Any) -> None:
+    lines = run("--vram", "8GB").out.splitlines()
+    assert lines[0] == "Qwen2.5-VL-7B-Instruct fits 8GB (7.45 GiB) on rtx-5080-16gb"
+    (seconds,) = [line for line in lines if line.startswith("  seconds")]
+    assert re.search(r"about 2 min \d\d s, of it 1\.\d\d s a token; rates: data sheets", seconds)
+
+
+def test_the_numbers_of_the_screen_are_the_plans(kit: Any) -> None:
+    plan = kit.plan("7b", "8GB")
+    text, prediction = text_of(plan), plan.prediction
+    table = text[: text.index("timeline")]
+    for phase in prediction.phases:
+        cells = row_of(table, phase.phase)
+        assert cells[-1] == f"{phase.seconds:.2f}"
+        assert cells[-2] == f"{phase.bound_peak_bytes / GIB:.2f}"
+        assert cells[0] == (
+            f"{phase.weights_resident_bytes / GIB:.2f}" if phase.weights_resident_bytes else "-"
+        )
+    for move in prediction.moves:
+        saved, paid = row_of(text, move.name)
+        assert float(saved) == pytest.approx(move.saved_bytes / GIB, abs=0.0051)
+        assert float(paid) == pytest.approx(move.paid_seconds, abs=0.0051)
+    for variant in prediction.variants:
+        size, seconds, fits = row_of(text, variant.name)
+        assert size == f"{variant.bound_bytes / GIB:.2f}"
+        assert seconds == f"{variant.seconds:.2f}"
+        same = variant.note == "as in this plan"
+        assert fits == ("same" if same else "yes" if variant.fits else "no")
+
+
+def test_the_terms_shown_add_up_to_the_peak(kit: Any) -> None:
+    text = text_of(kit.plan("72b", "24GB"))
+    section = text[text.index("alive at the peak") : text.index("each move")].splitlines()[1:]
+    sizes = [
+        float(found[1]) for line in section if (found := re.search(r"  (-?\d+\.\d\d)\b", line))
+    ]
+    *terms, total = sizes
+    assert sum(terms) == pytest.approx(total, abs=0.005 * len(terms) + 0.006)
+
+
+def test_a_terminal_gets_blocks_and_a_pipe_does_not(kit: Any) -> None:
+    plan = kit.plan("7b", "8GB")
+    assert "\u2588" in text_of(plan)
+    assert text_of(plan, blocks=False).isascii()
+
+
+def test_neighbouring_budgets_are_shown_where_there_are_any(run: Any) -> None:
+    both = run("--vram", "8GB").out
+    size, seconds, fits = row_of(both, "next cheaper budget (estimate)")
+    assert float(size) < 7.4
+    assert float(seconds) > 139
+    assert fits == "yes"
+    size, seconds, fits = row_of(both, "next faster budget (estimate)")
+    assert float(size) > 7.45
+    assert float(seconds) < 139
+    assert fits == "no"
+    whole = run("--vram", "16GB").out
+    assert "next cheaper budget" in whole
+    assert "next faster budget" not in whole
+
+
+@pytest.mark.parametrize(
+    ("request_", "budget", "wanted"),
+    [
+        ("plan --vram 16GB --model 7b", 16 * 10**9, "16GB (14.90 GiB)"),
+        ("plan --vram 8GiB", 8 * GIB, "8GiB (8.00 GiB)"),
+        ("plan --vram '7.50 GiB'", 15 * GIB // 2, "7.50 GiB"),
+        ("plan --model 7b", 3 * GIB, "3.00 GiB"),
+        ("plan", GIB, "1.00 GiB"),
+    ],
+)
+def test_the_budget_is_shown_as_typed_beside_gib(request_: str, budget: int, wanted: str) -> None:
+    assert typed_budget(request_, budget) == wanted
+
+
+def test_the_refusal_shows_the_budget_as_typed_too(run: Any) -> None:
+    outcome = run("--vram", "1.5GB")
+    assert outcome.code == 3
+    assert outcome.err.startswith("error: no plan fits 1.5GB (1.40 GiB): the smallest needs 1.79")
+
+
+def test_a_plan_that_was_saved_is_run_by_its_name(run: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a plan.json"
+    words = ["--device", "cpu", "--model", "3b", "--image", "64x64", "--out", str(path)]
+    outcome = run(*words)
+    joined = "".join(outcome.out.split())
+    assert "".join(f"execute {shlex.quote(str(path))} --model DIR".split()) in joined
+    assert "first save the plan" not in outcome.out
+
+
+def test_a_screen_costs_no_import_of_matplotlib_or_torch(run: Any, kit: Any) -> None:
+    import subprocess
+
+    code = (
+        "import sys; from planner.cli import main; main(['--vram', '8GB']);"
+        "sys.exit(bool({'torch', 'matplotlib', 'numpy', 'pynvml'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=kit.root, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_json_is_the_plan_and_nothing_else(run: Any) -> None:
+    outcome = run("--vram", "8GB", "--json")
+    document = json.loads(outcome.out)
+    assert document["schema_version"] == 1
+    assert {"moves", "variants"} <= set(document["prediction"])
