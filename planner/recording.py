@@ -333,7 +333,7 @@ class _Guided(_Run):
     def _grow_pages(self, event: Event, pool: Pool, size: int, maps: list[Event]) -> int:
         """Map what the rules say, count it, put it right; the address they give."""
         out = self.outcome
-        base, room = self._base(maps, event)
+        base, room = self._base(maps)
         growth = grow(self.heap, pool, event.stream, size, new_range=lambda: (base, room))
         out.peak_reserved_predicted_bytes = max(
             out.peak_reserved_predicted_bytes, self.heap.reserved_bytes
@@ -376,11 +376,12 @@ class _Guided(_Run):
         out.peak_reserved_recorded_bytes = max(out.peak_reserved_recorded_bytes, reserved)
         out.peak_reserved_predicted_bytes = max(out.peak_reserved_predicted_bytes, reserved)
 
-    def _base(self, maps: list[Event], event: Event) -> tuple[int, int]:
-        """Address and size of the range of addresses that an allocation falls in."""
-        found = self.start.range_of(maps[0].address if maps else event.address)
-        if found is not None and found.address not in self.heap.blocks:
-            return found.address, found.size_bytes
+    def _base(self, maps: list[Event]) -> tuple[int, int]:
+        """Address and size of a new expandable segment: its first page is the first that is mapped."""
+        if maps and self._inside(maps[0].address) is None:
+            found = self.start.range_of(maps[0].address)
+            assert found is not None  # the ranges were made of these events
+            return maps[0].address, found.address + found.size_bytes - maps[0].address
         return MADE_UP_ADDRESS + len(self.heap.blocks) * RANGE_BYTES, RANGE_BYTES
 
     def _grow_as_recorded(self, event: Event, pool_id: PoolId) -> None:
@@ -392,9 +393,10 @@ class _Guided(_Run):
             return
         found = self.start.range_of(event.address)
         assert found is not None  # the ranges were made of these events
-        if found.address not in heap.blocks and not self._inside(found.address):
+        if self._inside(event.address) is None:
             pool = heap.pool_of(found.pool_id, found.small)
-            reserve(heap, pool, event.stream, found.address, found.size_bytes)
+            room = found.address + found.size_bytes - event.address
+            reserve(heap, pool, event.stream, event.address, room)
         at, end = event.address, event.address + event.size_bytes
         while at < end:
             block = self._inside(at)

@@ -241,7 +241,6 @@ def _ranges(record: DeviceRecord, settings: Settings) -> list[Range]:
         if s.expandable
     ]
     large_page = settings.page_size(small=False)
-    unclear: list[_Seen] = []
     for event in record.events:
         if event.action in ("segment_map", "segment_unmap"):
             small: bool | None = None
@@ -249,32 +248,29 @@ def _ranges(record: DeviceRecord, settings: Settings) -> list[Range]:
                 small = True
             elif event.action == "segment_map" and large_page > SMALL_SEGMENT_BYTES:
                 small = False  # a small request never lacks more than one page
-            entry = _Seen(event.address, event.size_bytes, event.stream, small, event.pool_id)
-            (seen if small is not None else unclear).append(entry)
+            seen.append(_Seen(event.address, event.size_bytes, event.stream, small, event.pool_id))
+    private = any(segment.pool_id != DEFAULT_POOL for segment in record.segments)
     ranges: list[Range] = []
     pool_ids: list[PoolId | None] = []
-    for entry in sorted(seen, key=lambda entry: entry[:2]):
+    for area in _areas(seen, large_page):
         last = ranges[-1] if ranges else None
-        if last is not None and _belongs(entry, last, pool_ids[-1], settings):
-            pool_ids[-1] = pool_ids[-1] or entry.pool_id
-            end = entry.address + entry.size_bytes
-            last.size_bytes = max(last.size_bytes, end - last.address)
+        if (
+            last is not None
+            and (last.stream, last.small) == (area.stream, area.small)
+            and (area.address - last.address) % settings.page_size(last.small) == 0
+            and area.address - last.address < RANGE_BYTES
+            and (
+                pool_ids[-1] == area.pool_id
+                or (None in (pool_ids[-1], area.pool_id) and not private)
+            )
+        ):
+            pool_ids[-1] = pool_ids[-1] or area.pool_id
+            last.size_bytes = area.address + area.size_bytes - last.address
             continue
-        new = Range(entry.address, entry.size_bytes, entry.stream, bool(entry.small), DEFAULT_POOL)
-        ranges.append(new)
-        pool_ids.append(entry.pool_id)
-    for entry in sorted(unclear, key=lambda entry: entry[:2]):
-        index = bisect.bisect_right(ranges, entry.address, key=lambda found: found.address)
-        if index and _belongs(entry, ranges[index - 1], pool_ids[index - 1], settings):
-            found = ranges[index - 1]
-            end = entry.address + entry.size_bytes
-            found.size_bytes = max(found.size_bytes, end - found.address)
-            continue
-        # mapped before the trace and never again: large pages, of which it is a multiple
-        ranges.insert(
-            index, Range(entry.address, entry.size_bytes, entry.stream, False, DEFAULT_POOL)
+        ranges.append(
+            Range(area.address, area.size_bytes, area.stream, bool(area.small), DEFAULT_POOL)
         )
-        pool_ids.insert(index, entry.pool_id)
+        pool_ids.append(area.pool_id)
     for index, (found, pool_id) in enumerate(zip(ranges, pool_ids, strict=True)):
         # a pool has one range by stream and size class: of two that do not say theirs, one is a private pool's
         others = [
@@ -297,22 +293,24 @@ def _ranges(record: DeviceRecord, settings: Settings) -> list[Range]:
     return ranges
 
 
-def _belongs(entry: _Seen, last: Range, pool_id: PoolId | None, settings: Settings) -> bool:
-    """Whether addresses belong to the range in front of them."""
-    end = last.address + last.size_bytes
-    if entry.address < end:
-        return True
-    if entry.address == end and (entry.pool_id is None or pool_id is None):
-        pool_id = entry.pool_id  # nothing between them: one range, whoever says whose
-    elif pool_id is None:
-        return False
-    return (
-        last.stream == entry.stream
-        and entry.small in (None, last.small)
-        and entry.pool_id == pool_id
-        and (entry.address - last.address) % settings.page_size(last.small) == 0
-        and entry.address - last.address < RANGE_BYTES
-    )
+def _areas(seen: list[_Seen], large_page: int) -> list[_Seen]:
+    """Addresses without a gap; size class and pool from whichever entry tells them."""
+    areas: list[_Seen] = []
+    for entry in sorted(seen, key=lambda entry: entry[:2]):
+        last = areas[-1] if areas else None
+        if last is None or entry.address > last.address + last.size_bytes:
+            areas.append(entry)
+            continue
+        end = max(last.address + last.size_bytes, entry.address + entry.size_bytes)
+        areas[-1] = last._replace(
+            size_bytes=end - last.address,
+            small=last.small if last.small is not None else entry.small,
+            pool_id=last.pool_id or entry.pool_id,
+        )
+    # only given back, in whole large pages: large
+    return [
+        a._replace(small=bool(a.size_bytes % large_page)) if a.small is None else a for a in areas
+    ]
 
 
 # --- sizes of blocks that were alive at the start and are gone at the end ----------------------------------------------
