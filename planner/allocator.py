@@ -92,6 +92,8 @@ class CachingAllocator:
         block = self._find(pool, stream, size) or self._obtain(pool, stream, size)
         if block is None:
             self.stats.num_ooms += 1
+            free = max((self.free_bytes or 0) - self.reserved_bytes, 0)
+            self.heap.note("oom", free, size, stream, pool)
             raise OutOfMemory(self._refusal(size))
         return self.heap.take(block, size, size_bytes)
 
@@ -154,9 +156,7 @@ class CachingAllocator:
         self._private.setdefault(pool_id, PrivatePool()).users += 1
         self._active.append((pool_id, streams, capture))
 
-    def create_pool(
-        self, pool_id: PoolId, *, split: bool = True, use_on_oom: bool = False
-    ) -> None:
+    def create_pool(self, pool_id: PoolId, *, split: bool = True, use_on_oom: bool = False) -> None:
         """A torch.cuda.MemPool: one user until `release_pool`.
 
         Without `split` it hands out whole segments; `use_on_oom` lends its free blocks where the driver refuses.

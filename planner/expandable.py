@@ -107,6 +107,7 @@ def map_pages(
     heap.join(block, block.next)
     pool.insert(block)
     heap.count_reserved(pool, pages.size_bytes)
+    heap.note("segment_map", *pages, block.stream, pool)
     return pages
 
 
@@ -133,6 +134,7 @@ def unmap_pages(heap: Heap, block: Block, pages: Pages) -> None:
     heap.join(block, block.next)
     pool.insert_unmapped(block)
     heap.count_reserved(pool, -pages.size_bytes)
+    heap.note("segment_unmap", *pages, block.stream, pool)
     if not block.is_split:
         # nothing is mapped any more: the addresses go back too
         pool.remove_unmapped(block)

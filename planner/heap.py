@@ -118,11 +118,22 @@ class Pool:
         del addresses[bisect.bisect_left(addresses, block.address)]
 
 
+class TraceEntry(NamedTuple):
+    """What happened, in the words of torch's memory snapshots."""
+
+    action: str
+    address: int
+    size_bytes: int
+    stream: int
+    pool_id: PoolId
+
+
 class Heap:
-    """All blocks of one device, by address."""
+    """All blocks of one device, by address. `trace`, where it is a list, takes what happens as torch records it."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.trace: list[TraceEntry] | None = None
         self.stats = Statistics()
         self.blocks: dict[int, Block] = {}
         self.pools: dict[tuple[PoolId, bool], Pool] = {}
@@ -147,6 +158,11 @@ class Heap:
         for stream in sorted(pool.free):
             for _, address in list(pool.free[stream]):
                 yield self.blocks[address]
+
+    def note(self, action: str, address: int, size_bytes: int, stream: int, pool: Pool) -> None:
+        """Record an event, if somebody wants them."""
+        if self.trace is not None:
+            self.trace.append(TraceEntry(action, address, size_bytes, stream, pool.id))
 
     # --- search ---------------------------------------------------------------------------------------------------
 
@@ -222,6 +238,7 @@ class Heap:
             stats.inactive_split.take(1, small)
         block.allocated = True
         block.requested_bytes = requested_bytes
+        self.note("alloc", block.address, requested_bytes, block.stream, pool)
         stats.allocation.add(1, small)
         stats.allocated_bytes.add(block.size_bytes, small)
         stats.active.add(1, small)
@@ -234,6 +251,7 @@ class Heap:
     def request_free(self, block: Block) -> None:
         """The program gave the block up: it no longer counts as allocated, but is not free yet."""
         block.allocated = False
+        self.note("free_requested", block.address, block.requested_bytes, block.stream, block.pool)
         self.stats.allocation.take(1, block.pool.small)
         self.stats.allocated_bytes.take(block.size_bytes, block.pool.small)
         if block.size_bytes >= self.settings.max_split_bytes:
@@ -243,6 +261,7 @@ class Heap:
         """The block, joined with its free neighbours, back in its pool."""
         stats, pool, small = self.stats, block.pool, block.pool.small
         size, requested = block.size_bytes, block.requested_bytes
+        self.note("free_completed", block.address, requested, block.stream, pool)
         count = change = 0
         for neighbour in (block.previous, block.next):
             joined = self.join(block, neighbour)
@@ -304,6 +323,7 @@ class Heap:
         block = Block(pool, stream, address, size_bytes)
         self.blocks[address] = block
         pool.insert(block)
+        self.note("segment_alloc", address, size_bytes, stream, pool)
         self.stats.segment.add(1, pool.small)
         if size_bytes >= self.settings.max_split_bytes:
             self.stats.oversize_segments.add(1)
@@ -355,6 +375,7 @@ class Heap:
 
     def remove_segment(self, block: Block) -> None:
         """Give a segment that is one free block back to the driver."""
+        self.note("segment_free", block.address, block.size_bytes, block.stream, block.pool)
         block.pool.remove(block)
         del self.blocks[block.address]
         self.stats.segment.take(1, block.pool.small)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass, field
 
-from planner.allocator_settings import Settings
+from planner.allocator_settings import SMALL_BYTES, Settings
 from planner.expandable import Pages, grow, map_pages, reserve, unmap_pages, whole_pages
 from planner.heap import DEFAULT_POOL, Block, Heap, Pool, PoolId
 from planner.rollback import RANGE_BYTES, UNKNOWN, Start, roll_back
@@ -157,7 +157,7 @@ class _Run:
             if block.allocated or block.waiting
         }
         self.completes = any(event.action == "free_completed" for event in record.events)
-        _mark_expandable(self.heap, record, start)
+        _mark_pools(self.heap, record, start)
         self.attempts = _attempts(record.events)
         self.unknown_pools = 0
         self.latest_pool = DEFAULT_POOL  # of the last allocation
@@ -585,6 +585,7 @@ class _Free(_Run):
                 self.grown = []  # of an attempt that failed
                 self._release(event, index)
             elif action == "segment_unmap":
+                self.grown = []
                 self._unmap(event)
         return FreeRun(
             self.allocs, self.allocs_extra, self.maps, self.maps_extra, peak, heap.reserved_bytes
@@ -598,12 +599,13 @@ class _Free(_Run):
             pool.expandable = grown[-1].action == "segment_map"
         block = None if index in self.refused else heap.find(pool, event.stream, size)
         if block is None and pool.expandable:
+            room = max((found.size_bytes for found in self.start.ranges), default=RANGE_BYTES)
             growth = grow(
                 heap,
                 pool,
                 event.stream,
                 size,
-                new_range=lambda: (self._made_up(RANGE_BYTES), RANGE_BYTES),
+                new_range=lambda: (self._made_up(RANGE_BYTES), room),
             )
             block = growth.block
             sizes = [found.size_bytes for found in grown if found.action == "segment_map"]
@@ -697,8 +699,19 @@ def _attempts(events: tuple[Event, ...]) -> dict[int, int]:
     return found
 
 
-def _mark_expandable(heap: Heap, record: DeviceRecord, start: Start) -> None:
-    """Pools grow by pages where the recording says so, whatever the settings were at its end."""
+def _mark_pools(heap: Heap, record: DeviceRecord, start: Start) -> None:
+    """How each pool grows and splits, by what the recording shows rather than by the settings at its end."""
+    for segment in record.segments:
+        for block in segment.blocks:
+            rest = block.size_bytes - heap.settings.round_size(block.requested_bytes)
+            if (
+                segment.pool_id != DEFAULT_POOL
+                and block.state == "allocated"
+                and rest > (0 if segment.small or segment.expandable else SMALL_BYTES)
+                and block.size_bytes < heap.settings.max_split_bytes
+            ):
+                for small in (True, False):
+                    heap.pool_of(segment.pool_id, small).split = False
     for found in start.ranges:
         heap.pool_of(found.pool_id, found.small).expandable = True
     paged = {found.pool_id for found in start.ranges}
