@@ -61,8 +61,8 @@ class CudaDevice(Queued):
         torch.cuda.init()  # type: ignore[no-untyped-call]
         super().__init__(CudaStreams(self.torch_device))
         self._nvml = _Nvml.open(self.torch_device)
-        # the context exists from the first allocation on; what others hold on the card is told apart by NVML alone
-        torch.empty(1, device=self.torch_device)
+        # the driver's context exists from here on; what others hold on the card is told apart by NVML alone
+        torch.cuda.synchronize(self.torch_device)
         self._peak_held = 0
 
     # memory
@@ -79,9 +79,20 @@ class CudaDevice(Queued):
         return self._arena
 
     def reserve_outside(self, size_bytes: int) -> None:
+        self._take_workspaces()
         if size_bytes:
             block = torch.empty(size_bytes, dtype=torch.uint8, device=self.torch_device)
             del block
+
+    def _take_workspaces(self) -> None:
+        """Have cuBLAS and cuBLASLt take their workspaces, which they keep, before the steps' blocks find their room.
+
+        A product without and one with a bias row, on the arena's first bytes, so that nothing else is allocated.
+        """
+        assert self._arena is not None, "the arena comes first"
+        left, right, out = self._arena[: 3 * 512].view(torch.float16).view(3, 16, 16).unbind(0)
+        torch.mm(left, right, out=out)
+        torch.addmm(left[0], left, right, out=out)
 
     def cap(self, budget_bytes: int) -> None:
         total = torch.cuda.mem_get_info(self.torch_device)[1]

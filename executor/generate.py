@@ -53,7 +53,8 @@ def next_token(
     The order is transformers': penalty, temperature, top-p, all in float32.
     """
     # copied, since the penalty is applied in place and the logits may still be saved
-    scores = logits.detach().to("cpu", torch.float32, copy=True).view(-1)
+    # (in two moves: the change of type must not take memory on the device)
+    scores = logits.detach().to("cpu").to(torch.float32, copy=True).view(-1)
     if sampling.repetition_penalty != 1.0:
         penalised = scores[seen]
         scores[seen] = torch.where(

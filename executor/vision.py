@@ -81,8 +81,8 @@ class _Part(NamedTuple):
 
 def vision_frequencies(shape: VisionShape, device: torch.device | str = "cpu") -> Tensor:
     """Inverse frequencies for half a head (d/2,): the first half turns with the patch's row, the second with its column."""
-    quarter = inverse_frequencies(10000.0, shape.head_dim // 2, device=device)
-    return torch.cat((quarter, quarter))
+    quarter = inverse_frequencies(10000.0, shape.head_dim // 2)
+    return torch.cat((quarter, quarter)).to(device)
 
 
 def patch_embed(run: VisionRun, step: Step, w: Weights, v: Views) -> None:

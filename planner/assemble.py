@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -165,12 +166,12 @@ def work_out(problem: Problem, drafted_: Draft) -> Evaluated:
         card = None
         workspace_error = blocks_error = 0
     else:
-        card = card_bytes(layout.height_bytes, problem.kept, outside)
+        card = _on_card(problem, layout.height_bytes, outside, outside)
         # the arena and all that is kept are taken before the first weight is read
         load = context + card.reserved
         expected = [load] * len(bytes_)
         doubled = [_declared_doubled(blocks) for blocks in outside]
-        more = card_bytes(layout.height_bytes, problem.kept, doubled).reserved - card.reserved
+        more = _on_card(problem, layout.height_bytes, outside, doubled).reserved - card.reserved
         workspace_error, blocks_error = WORKSPACE_ERROR_BYTES, more + BLOCKS_ERROR_BYTES
     return Evaluated(
         choice=choice,
@@ -190,6 +191,19 @@ def work_out(problem: Problem, drafted_: Draft) -> Evaluated:
         card=card,
         workspace_error_bytes=workspace_error,
         blocks_error_bytes=blocks_error,
+    )
+
+
+def _on_card(
+    problem: Problem,
+    arena_bytes: int,
+    planned: Sequence[tuple[Outside, ...]],
+    taken: Sequence[tuple[Outside, ...]],
+) -> CardBytes:
+    """The allocator's bytes where room is made for the `planned` blocks and the steps take `taken`."""
+    scratch = max((peak_bytes(blocks) for blocks in planned), default=0)
+    return card_bytes(
+        arena_bytes, problem.kept, taken, scratch_bytes=scratch, alloc_conf=problem.alloc_conf
     )
 
 
@@ -257,11 +271,17 @@ def _host_bytes(problem: Problem, drafted: Program) -> list[int]:
 
 def _copy_seconds(problem: Problem, drafted: Program) -> dict[str, float]:
     seen: set[str] = set()
+    touched: set[str] = set()
     seconds = {}
     for copy in drafted.copies:
         first = copy.unit not in seen
         seen.add(copy.unit)
-        seconds[copy.id] = problem.costs.copy(copy.size_bytes, first=first, cached=problem.cached)
+        # pages that nothing has touched yet; in a loop that is one of many
+        fresh = copy.buffer not in touched and (copy.once or copy.phase != "decode")
+        touched.add(copy.buffer)
+        seconds[copy.id] = problem.costs.copy(
+            copy.size_bytes, first=first, cached=problem.cached, fresh=fresh
+        )
     return seconds
 
 
@@ -483,7 +503,7 @@ def _phases(problem: Problem, found: Evaluated) -> tuple[PhasePrediction, ...]:
             staging_bytes=0,
             outside_bytes=0,
             context_bytes=found.context_bytes,
-            allocated_peak_bytes=max(card.allocated) if card else primed,
+            allocated_peak_bytes=max(card.start_allocated, *card.allocated) if card else primed,
             reserved_peak_bytes=card.reserved if card else primed,
             expected_peak_bytes=found.load_bytes,
             bound_peak_bytes=found.load_bytes + found.error_bytes,

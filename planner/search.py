@@ -27,7 +27,7 @@ from planner.variants import evaluate_ordered, prefetched, variants
 BUILT = 4  # candidates whose graph and layout are built, per round
 CLOSE = 1e-3  # a candidate that can gain less than this share is not built
 OUTSIDE_CAPS = (8 * MIB, 48 * MIB, 256 * MIB)  # of kernels' blocks outside the arena, on a card
-ROUNDS = 3  # each with a smaller allowance, by as much as the last round was over the budget
+ROUNDS = 3  # each with what candidates of the last one took beside their closed form taken off
 
 
 __all__ = ["Request", "build", "search", "usual_way"]
@@ -92,30 +92,33 @@ def _best(
     """The fastest evaluated candidate that fits, how many were weighed, and a lower bound on seconds over all."""
     budget_left = None if budget is None else budget - _fixed_bytes(problem, smallest)
     caps = OUTSIDE_CAPS if budget is not None and not problem.on_cpu else (None,)
-    best, weighed, over = smallest, 0, 0
+    best, weighed, rest = smallest, 0, 0
     lower_bound = smallest.seconds
     for round_ in range(ROUNDS):
         ranked: list[Candidate] = []
         for cap in caps:
-            allowance = None if budget_left is None else budget_left - over - (cap or 0)
+            allowance = None
+            if budget is not None and budget_left is not None:
+                allowance = min(budget_left - (cap or 0), budget - rest)
             ranked += candidates(problem, allowance, cap)
         ranked.sort(key=_rank)
         weighed += len(ranked)
         if round_ == 0 and ranked:
             lower_bound = ranked[0].bound_s
-        passed = 0
+        passed = False
         for candidate in ranked[:BUILT]:
             if candidate.bound_s >= best.seconds * (1 - CLOSE):
                 break
             for found in _orders(problem, candidate.choice, best.seconds):
                 if budget is not None and found.bound_bytes > budget:
                     if found.choice.order == "vision_then_llm":
-                        passed = max(passed, found.bound_bytes - budget)
+                        passed = True
+                        # beside what the closed form counts; the allocator's segments make it differ
+                        rest = max(rest, found.bound_bytes - candidate.bytes)
                 elif (found.seconds, found.peak_bytes) < (best.seconds, best.peak_bytes):
                     best = found
         if not passed or budget is None:
             break
-        over += passed
     return best, weighed, lower_bound
 
 

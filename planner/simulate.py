@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from planner.allocator import Block, CachingAllocator
+from planner.allocator import CachingAllocator
+from planner.allocator_settings import parse_settings
 from planner.graph import Intervals, start_index
+from planner.heap import Block
 from planner.plan import DTYPE_BYTES, Kept, ModelShape, Outside, Phase, Workload
 from planner.queues import Job, line, loop, queue
 from planner.schedule import CopyDraft, Program
@@ -181,27 +183,36 @@ class CardBytes(NamedTuple):
 
     reserved: int
     start: int  # reserved before the first step; the same as `reserved` where the steps find their room
+    start_allocated: int  # at most, before the first step
     allocated: list[int]
 
 
 def card_bytes(
-    arena_bytes: int, kept: Sequence[Kept], outside: Sequence[tuple[Outside, ...]]
+    arena_bytes: int,
+    kept: Sequence[Kept],
+    outside: Sequence[tuple[Outside, ...]],
+    *,
+    scratch_bytes: int,
+    alloc_conf: str = "",
 ) -> CardBytes:
     """The allocator's bytes for the arena, what is kept beside it, and the steps' own blocks, in executor/cuda.py's order.
 
-    After the arena and the kept blocks, one block of the steps' largest simultaneous size is taken and given back, so
-    that the rest of the run finds its room.
+    After the arena and the kept blocks, one block of `scratch_bytes` (the steps' largest simultaneous size) is taken
+    and given back, so that the rest of the run finds its room. `alloc_conf` as in PYTORCH_ALLOC_CONF.
     """
-    allocator = CachingAllocator()
+    allocator = CachingAllocator(parse_settings(alloc_conf))
     base = allocator.malloc(arena_bytes).size_bytes
     base += sum(allocator.malloc(block.size_bytes).size_bytes for block in kept)
-    scratch = max((peak_bytes(blocks) for blocks in outside), default=0)
-    if scratch:
-        allocator.release(allocator.malloc(scratch))
+    start_allocated = base
+    if scratch_bytes:
+        taken = allocator.malloc(scratch_bytes)
+        start_allocated += taken.size_bytes
+        allocator.release(taken)
     start = allocator.reserved_bytes
     distinct = {id(blocks): blocks for blocks in outside}  # equal steps share theirs
     most = {key: base + _replayed_peak(allocator, blocks) for key, blocks in distinct.items()}
-    return CardBytes(allocator.reserved_bytes, start, [most[id(blocks)] for blocks in outside])
+    allocated = [most[id(blocks)] for blocks in outside]
+    return CardBytes(allocator.reserved_bytes, start, start_allocated, allocated)
 
 
 def _replayed_peak(allocator: CachingAllocator, blocks: Sequence[Outside]) -> int:

@@ -199,7 +199,7 @@ def test_neighbours_that_are_free_become_one_block() -> None:
 def test_reserved_bytes_hold_arena_workspaces_and_the_largest_sum_of_blocks() -> None:
     outside = [(block(30 * MIB, 0, 2), block(10 * MIB, 1, 2)), (block(25 * MIB, 0, 1),)]
     kept = [Kept(name="positions", size_bytes=100), Kept(name="workspace", size_bytes=32 * MIB)]
-    found = card_bytes(1024 * MIB, kept, outside)
+    found = card_bytes(1024 * MIB, kept, outside, scratch_bytes=40 * MIB)
     assert found.reserved == found.start == (1024 + 2 + 32 + 40) * MIB
     held = 1024 * MIB + 512 + 32 * MIB
     assert found.allocated == [held + 40 * MIB, held + 25 * MIB]
@@ -208,7 +208,7 @@ def test_reserved_bytes_hold_arena_workspaces_and_the_largest_sum_of_blocks() ->
 def test_a_step_that_finds_no_room_in_what_was_reserved_at_the_start_shows() -> None:
     # 32 MiB are reserved, of which the third block finds 10 and 2 on either side of the second
     blocks = (block(10 * MIB, 0, 2), block(20 * MIB, 1, 3), block(12 * MIB, 2, 3))
-    found = card_bytes(64 * MIB, (), [blocks])
+    found = card_bytes(64 * MIB, (), [blocks], scratch_bytes=32 * MIB)
     assert (found.start, found.reserved) == (96 * MIB, 108 * MIB)
 
 

@@ -1,0 +1,174 @@
+"""The executor's steps on a card that is not there, beside what the plan lists for them."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from executor import prepare
+from executor.device import Chunk, Files
+from planner.errors import KernelRefused
+from planner.units import GIB, MIB
+
+MODEL, IMAGE = "3b", "308x196"  # 22 x 14 patches: windows cut at the right and at the bottom
+CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "12.0")
+# one card under three budgets, the others under one
+SHORT = [
+    *(("12.0", budget) for budget in ("2GB", "5GB", None)),
+    *((capability, "5GB") for capability in CAPABILITIES[:-1]),
+]
+SIZES = ("560x420", "1920x1080", "3840x2160")
+BUDGETS = {
+    "3b": ("3GB", "6GB", "12GB"),
+    "7b": ("4GB", "10GB", "24GB"),
+    "72b": ("12GB", "48GB", "160GB"),
+}
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[Any, Any]:
+    """Steps already walked, by what they allocate after."""
+    return {}
+
+
+@pytest.mark.parametrize(("capability", "budget"), SHORT)
+def test_every_step_takes_on_a_card_what_the_plan_lists(
+    harness: ModuleType, known: dict[Any, Any], capability: str, budget: str | None
+) -> None:
+    plan = harness.make_plan(MODEL, IMAGE, budget, capability)
+    found = harness.walk(plan, harness.FakeCard(capability, 16 * GIB), known=known)
+    compared = harness.compare(plan, found)
+    assert compared.wrong == ()
+    assert compared.blocks >= 20
+    assert compared.declared > 0
+    assert compared.planned_reserved_bytes >= compared.reserved_bytes
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("model", "image"), list(product(BUDGETS, SIZES)))
+def test_every_step_of_every_size_takes_on_every_card_what_the_plan_lists(
+    harness: ModuleType, model: str, image: str
+) -> None:
+    known: dict[Any, Any] = {}
+    for capability, budget in product(CAPABILITIES, BUDGETS[model]):
+        plan = harness.make_plan(model, image, budget, capability)
+        found = harness.walk(plan, harness.FakeCard(capability, 192 * GIB), known=known)
+        assert harness.compare(plan, found).wrong == (), (capability, budget)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("image", ["560x420", "1920x1080", "560x420 448x448"])
+def test_all_tiles_of_a_step_take_what_its_distinct_ones_take(
+    harness: ModuleType, image: str
+) -> None:
+    plan = harness.make_plan(MODEL, image, "3GB", "12.0")
+    found = harness.walk(plan, harness.FakeCard("12.0", 16 * GIB), whole=True)
+    assert all(len(every) == 2 for step, every in found.steps.items() if "sample" not in step)
+    assert harness.compare(plan, found).wrong == ()
+
+
+def test_several_images_one_after_another_and_expandable_segments_are_walked_too(
+    harness: ModuleType,
+) -> None:
+    plan = harness.make_plan(MODEL, "112x84 84x112", "3GB", "12.0", "expandable")
+    assert plan.device.alloc_conf == "expandable_segments:True"
+    card = harness.FakeCard("12.0", 16 * GIB, plan.device.alloc_conf)
+    assert harness.compare(plan, harness.walk(plan, card)).wrong == ()
+
+
+@pytest.fixture(scope="module")
+def small(harness: ModuleType) -> Any:
+    return harness.make_plan(MODEL, "112x84", "2GB", "12.0")
+
+
+def test_one_block_more_than_the_plan_lists_is_noticed(harness: ModuleType, small: Any) -> None:
+    usual = prepare.STEPS["text_mlp"]
+
+    def wasteful(run: Any, step: Any, w: Any, v: Any) -> None:
+        usual(run, step, w, v)
+        _ = v["y"] * 2
+
+    with mock.patch.dict(prepare.STEPS, {"text_mlp": wasteful}):
+        found = harness.walk(small, harness.FakeCard("12.0", 16 * GIB))
+    wrong = harness.compare(small, found).wrong
+    assert any(sentence.startswith("prefill/layers.0.mlp: walked (Block") for sentence in wrong)
+
+
+def test_copies_that_a_kernel_would_make_inside_are_noticed(
+    harness: ModuleType, small: Any
+) -> None:
+    usual = prepare.STEPS["text_mlp"]
+
+    def wasteful(run: Any, step: Any, w: Any, v: Any) -> None:
+        usual(run, step, w, v)
+        weight = w["mlp.up_proj.weight"]
+        # neither rows nor columns lie together: cuBLAS is given a copy
+        torch.mm(v["y"][:, ::2], weight[:, ::2].t(), out=v["up"][: v["y"].shape[0]])
+        v["y"][0].to("cpu", torch.float32)
+
+    with mock.patch.dict(prepare.STEPS, {"text_mlp": wasteful}):
+        found = harness.walk(small, harness.FakeCard("12.0", 16 * GIB))
+    assert any("mm: an operand of shape" in sentence for sentence in found.complaints)
+    assert any("a temporary on the card" in sentence for sentence in found.complaints)
+
+
+def test_a_kernel_that_the_card_refuses_is_refused_at_the_start(
+    harness: ModuleType, small: Any
+) -> None:
+    with pytest.raises(KernelRefused, match=r"flash attention.*refused by fake card.*efficient"):
+        harness.walk(small, harness.FakeCard("7.5", 16 * GIB))
+
+
+def test_nothing_is_allocated_where_units_are_copied(harness: ModuleType, tmp_path: Path) -> None:
+    from executor.cuda import CudaDevice
+
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(3000))
+    card = harness.FakeCard("12.0", 16 * GIB)
+    with card.installed():
+        device = CudaDevice()
+        device.allocate_arena(MIB)
+        before = len(card.trace.sizes)
+        device.copy_waits(device.mark_compute())
+        device.fill(Chunk(path, 0, ((0, 1000), (4096, 6096))), Files())
+        device.compute_waits(device.mark_copy())
+        assert len(card.trace.sizes) == before == 1
+        device.close()
+    assert card.complaints == []
+
+
+def test_workspaces_come_before_the_steps_blocks_and_are_taken_once(harness: ModuleType) -> None:
+    from executor.cuda import CudaDevice
+
+    card = harness.FakeCard("9.0", 16 * GIB)
+    with card.installed():
+        device = CudaDevice()
+        device.allocate_arena(64 * MIB)
+        device.reserve_outside(30 * MIB)
+        assert set(card.workspaces) == {"cublas", "cublaslt"}
+        # the arena, 32 MiB of cuBLAS, a small segment for cuBLASLt, the steps' blocks
+        assert card.allocator.reserved_bytes == (64 + 32 + 2 + 30) * MIB
+        block = torch.empty(30 * MIB, dtype=torch.uint8, device="cuda:0")
+        assert card.allocator.reserved_bytes == (64 + 32 + 2 + 30) * MIB
+        del block
+        device.close()
+
+
+def test_the_cap_leaves_the_budget_less_the_context_to_the_allocator(harness: ModuleType) -> None:
+    from executor.cuda import CudaDevice
+
+    card = harness.FakeCard("12.0", 16 * GIB)
+    with card.installed():
+        device = CudaDevice()
+        device.allocate_arena(64 * MIB)
+        device.cap(4 * GIB)
+        limit = card.fraction * card.total_bytes
+        assert abs(limit - (4 * GIB - harness.CONTEXT_BYTES)) < 512
+        device.close()
+        assert card.fraction == 1.0
