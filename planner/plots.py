@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from planner.sizes import SizePoint
     from planner.sweep import Frontier
 
 # the report's words
@@ -129,12 +130,12 @@ def offsets(plan: Plan) -> Figure:
     return figure
 
 
-def _figure(count: int) -> tuple[Figure, Sequence[Axes]]:
+def _figure(count: int, *, share: bool = True) -> tuple[Figure, Sequence[Axes]]:
     from matplotlib.figure import Figure
 
     size = max(_WIDTH, _NARROW * count), _HEIGHT
     figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
-    return figure, figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    return figure, figure.subplots(1, count, sharey=share, squeeze=False)[0]
 
 
 def _verdict(plan: Plan) -> str:
@@ -204,25 +205,63 @@ _MARKS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def pareto(frontiers: Mapping[str, Frontier]) -> Figure:
-    """Budget against seconds, one line per frontier; both axes logarithmic, since a budget buys factors."""
+    """Budget against seconds, one line per frontier; hollow marks need more than the device offers."""
     figure, (axes,) = _figure(1)
     for number, (title, frontier) in enumerate(frontiers.items()):
+        colour, mark = _LINES[number % len(_LINES)], _MARKS[number % len(_MARKS)]
         sizes = [point.budget_bytes / GIB for point in frontier.points]
         seconds = [point.seconds for point in frontier.points]
         # seconds stay what they are until the next point's budget
-        axes.step(
-            sizes,
-            seconds,
-            where="post",
-            color=_LINES[number % len(_LINES)],
-            marker=_MARKS[number % len(_MARKS)],
-            markersize=4,
-            linewidth=1.4,
-            label=title,
-        )
+        axes.step(sizes, seconds, where="post", color=colour, linewidth=1.2, alpha=0.6)
+        offered = frontier.usable_bytes / GIB
+        for inside in (True, False):
+            axes.plot(
+                [size for size in sizes if (size <= offered) == inside],
+                [s for size, s in zip(sizes, seconds, strict=True) if (size <= offered) == inside],
+                color=colour,
+                marker=mark,
+                markersize=5,
+                markerfacecolor=colour if inside else "white",
+                linestyle="none",
+                label=title if inside else None,
+            )
     axes.set_xlabel("budget, GiB", fontsize=_FONT)
     axes.set_ylabel("seconds", fontsize=_FONT)
     _logarithmic(axes)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=_FONT)
+    return figure
+
+
+def by_pixels(points: Sequence[SizePoint]) -> Figure:
+    """What the usual way and the plan need, and how long they take, against the size of the image."""
+    figure, (left, right) = _figure(2, share=False)
+    megapixels = [point.megapixels for point in points]
+    rows = {
+        "the usual way": [point.usual for point in points],
+        "the plan": [point.planned for point in points],
+    }
+    for number, (title, predictions) in enumerate(rows.items()):
+        style = {"color": _LINES[1 - number], "marker": _MARKS[number], "markersize": 5}
+        sizes = [p.bound_peak_bytes / GIB for p in predictions]
+        left.plot(megapixels, sizes, label=title, **style)  # type: ignore[arg-type]
+        right.plot(megapixels, [p.seconds for p in predictions], **style)  # type: ignore[arg-type]
+    smallest = [point.planned.smallest_budget_bytes / GIB for point in points]
+    left.plot(
+        megapixels,
+        smallest,
+        color=_LINES[2],
+        marker=_MARKS[2],
+        markersize=5,
+        label="the least plan",
+    )
+    left.axhline(
+        points[0].budget_bytes / GIB, color="black", linewidth=1.6, linestyle="--", label=BUDGET
+    )
+    for axes, name in ((left, "GiB on the device, bound"), (right, "seconds")):
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("megapixels", fontsize=_FONT)
+        axes.set_ylabel(name, fontsize=_FONT)
+        _gridded(axes)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=_FONT)
     return figure
 
@@ -237,6 +276,10 @@ def _logarithmic(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
+    _gridded(axes)
+
+
+def _gridded(axes: Axes) -> None:
     axes.tick_params(labelsize=_FONT)
     axes.grid(color="#e6e6e6", linewidth=0.6)
     axes.set_axisbelow(True)

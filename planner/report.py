@@ -74,8 +74,9 @@ def render_sweep(found: Frontier, workload: Workload) -> RenderableType:
         tables.sweep(found),
         Text(""),
         Text(
-            "Each row is the least budget found for its seconds, start-up included; "
-            "below the first nothing fits, above the last nothing is gained."
+            "Each row is the least budget found for its seconds, start-up included; below the "
+            "first nothing fits, above the last nothing is gained. "
+            f"{found.device} offers {format_gib(found.usable_bytes)}."
         ),
     )
 

@@ -49,6 +49,7 @@ class Frontier(Frozen):
     request: str
     model: str
     device: str
+    usable_bytes: int  # what the device offers
     points: tuple[FrontierPoint, ...]
 
     def dumps(self) -> str:
@@ -128,6 +129,7 @@ def swept(request: Request, device: DeviceProfile, *, points: int = POINTS) -> F
         request=request.command,
         model=request.checkpoint.shape.name,
         device=device.id,
+        usable_bytes=device.usable_bytes,
         points=frontier(request, device, points=points),
     )
 

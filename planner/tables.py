@@ -92,25 +92,31 @@ def timeline(plan: Plan, *, blocks: bool) -> Text:
         f" of {format_gib(full)}",
     )
     rows = (
-        ("compute", drawn.compute, 1.0, False),
-        ("copies", drawn.copies, 1.0, False),
-        ("in use", drawn.alive, float(full), True),
+        ("compute", drawn.compute, 1.0, False, "blue"),
+        ("copies", drawn.copies, 1.0, False, "yellow"),
+        ("in use", drawn.alive, float(full), True, "green"),
     )
     mark = "\u2502" if blocks else "|"
 
-    def line(label: str, cells: Sequence[str], end: str) -> str:
-        padded = (cell.ljust(width) for cell, width in zip(cells, wide, strict=True))
-        return f"{label:{LABEL}}" + "".join(mark + cell for cell in padded) + mark + end
-
     text = Text(no_wrap=True)
-    text.append(f"{line('timeline', names, '')}\n", style="bold")
-    text.append(line("", shown, ""))
-    for (label, spans, top, most), summary in zip(rows, summaries, strict=True):
+
+    def line(label: str, cells: Sequence[str], end: str = "", *, style: str = "") -> None:
+        text.append(f"{label:{LABEL}}")
+        for cell, width in zip(cells, wide, strict=True):
+            text.append(mark)
+            text.append(cell.ljust(width), style=style)
+        text.append(mark + end)
+
+    line("timeline", names, style="bold")
+    text.append("\n")
+    line("", shown)
+    for (label, spans, top, most, colour), summary in zip(rows, summaries, strict=True):
         cells = [
             bar(columns(spans, start, stop, width, most=most), top, blocks=blocks)
             for (_, start, stop), width in zip(drawn.phases, wide, strict=True)
         ]
-        text.append("\n" + line(label, cells, summary))
+        text.append("\n")
+        line(label, cells, summary, style=colour)
     return text
 
 
@@ -190,8 +196,12 @@ def sweep(found: Frontier) -> Table:
     headings += [(f"\n{phase}", True) for phase in phases_ if phase != "load"]
     made = table([*headings, ("units resident in vision,\nprefill, decode; slots", False)], gap=2)
     for point in found.points:
+        # more than the device offers
+        style = "" if point.budget_bytes <= found.usable_bytes else "dim"
         seconds = [number(row.seconds) for row in point.phases if row.phase != "load"]
-        made.add_row(gib(point.budget_bytes), number(point.seconds), *seconds, _in_words(point))
+        made.add_row(
+            gib(point.budget_bytes), number(point.seconds), *seconds, _in_words(point), style=style
+        )
     return made
 
 

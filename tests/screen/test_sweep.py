@@ -222,10 +222,13 @@ def test_a_pareto_picture_has_a_line_with_its_own_mark_per_frontier(found: Front
     assert axes.get_xlabel() == "budget, GiB"
     assert axes.get_ylabel() == "seconds"
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
-    one, two = axes.lines
-    assert list(one.get_xdata()) == [p.budget_bytes / GIB for p in found.points]  # type: ignore[arg-type]
-    assert list(one.get_ydata()) == [p.seconds for p in found.points]  # type: ignore[arg-type]
-    assert one.get_color() != two.get_color()
-    assert one.get_marker() != two.get_marker()
+    offered = found.usable_bytes / GIB
+    line, inside, beyond, second, *_ = axes.lines
+    assert list(line.get_xdata()) == [p.budget_bytes / GIB for p in found.points]  # type: ignore[arg-type]
+    assert list(line.get_ydata()) == [p.seconds for p in found.points]  # type: ignore[arg-type]
+    assert all(size <= offered for size in inside.get_xdata())  # type: ignore[union-attr]
+    assert all(size > offered for size in beyond.get_xdata())  # type: ignore[union-attr]
+    assert line.get_color() != second.get_color()
+    assert inside.get_marker() != axes.lines[4].get_marker()
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["one", "two"]
