@@ -102,19 +102,28 @@ def _walk(queues: Queues) -> tuple[list[tuple[bool, int]], list[str]]:
 
 
 def _races(plan: Plan, queues: Queues) -> list[str]:
-    """Copies and steps that touch the same bytes, neither of which surely precedes the other."""
+    """Copies that may write while their buffer is not alive, or beside a step that touches the same bytes."""
     clashing = _clashing(plan.buffers)
     touched = {step.id: _touched(step) for step in plan.steps}
     # copies up to this one have surely landed before the step, steps up to this one have surely ended before the copy
     landed = list(accumulate((max(places, default=-1) for places in queues.waits), max))
     ended = list(accumulate(queues.after, max))
+    index = {step.id: i for i, step in enumerate(plan.steps)}
+    lifetimes = {buffer.name: buffer.lifetimes for buffer in plan.buffers}
+
+    def alive(name: str, step_id: str) -> bool:
+        return any(birth <= index[step_id] < death for birth, death in lifetimes[name])
+
     found = []
     for place, (copy, _) in enumerate(queues.copies):
         bytes_of = clashing[copy.buffer]
         for at in range(ended[place] + 1, len(queues.steps)):
+            step = queues.steps[at][0]
+            if not alive(copy.buffer, step.id):
+                found.append(f"{copy.id} may begin before {copy.buffer} is its own: at {step.id}")
+                break
             if landed[at] >= place:
                 break
-            step = queues.steps[at][0]
             shared = sorted(touched[step.id] & bytes_of)
             if shared:
                 found.append(

@@ -1,0 +1,274 @@
+"""Tiny checkpoints, plans that cover every lever, and runs of them on the CPU and on the hostile device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+from safetensors.torch import load_file
+
+from executor import make_checkpoint
+from executor.device import Device
+from executor.generate import Sampling
+from executor.image import ArrayPixels
+from executor.prepare import Request as RunRequest
+from executor.run import run
+from executor.weights import Reader
+from planner import search, spec
+from planner.check import check
+from planner.errors import StowplanError
+from planner.plan import Copy, Order, Plan, TensorLocation, Tiles, Workload
+from planner.profile import load_profile
+from planner.schedule import Choice, PhaseResidency
+from planner.workload import parse_image
+from tests.hostile.device import HostileDevice
+from tests.hostile.scheduler import Blocked, Policy, Scheduler, policies
+from tests.hostile.waits import Mutant
+
+NEW_TOKENS = 4  # three rounds of decode: as many as executor.order unrolls
+PIXELS = {"min_pixels": 3136, "max_pixels": 12845056}
+WHOLE = Tiles(
+    patch_rows=10**6,
+    window_rows=10**6,
+    query_rows=10**6,
+    query_heads=4,
+    vision_mlp_rows=10**6,
+    merger_rows=10**6,
+    prompt_rows=10**6,
+    prompt_heads=2,
+    prompt_mlp_rows=10**6,
+    vocabulary_rows=640,
+)
+ODD = Tiles(
+    patch_rows=37,
+    window_rows=81,
+    query_rows=29,
+    query_heads=1,
+    vision_mlp_rows=53,
+    merger_rows=5,
+    prompt_rows=7,
+    prompt_heads=1,
+    prompt_mlp_rows=11,
+    vocabulary_rows=250,
+)
+SMALLEST = Tiles(
+    patch_rows=64,
+    window_rows=64,
+    query_rows=64,
+    query_heads=1,
+    vision_mlp_rows=64,
+    merger_rows=16,
+    prompt_rows=1,
+    prompt_heads=1,
+    prompt_mlp_rows=1,
+    vocabulary_rows=160,
+)
+
+
+class Setting(NamedTuple):
+    """One setting of the levers; residency as (attention, MLP) and (attention, MLP, lm_head) counts."""
+
+    order: Order
+    together: bool
+    depth: int
+    vision: tuple[int, int]
+    prefill: tuple[int, int, int]
+    decode: tuple[int, int, int]
+    tiles: Tiles
+    tied: bool = False
+
+
+NONE, ALL = (0, 0, 0), (3, 3, 9)
+SETTINGS = {
+    "all resident, first": Setting("all_first", True, 1, (3, 3), ALL, ALL, WHOLE),
+    "all resident, in turn": Setting("vision_then_llm", True, 1, (3, 3), ALL, ALL, ODD),
+    "all streamed, 1 slot": Setting("vision_then_llm", True, 1, (0, 0), NONE, NONE, SMALLEST),
+    "all streamed, 2 slots": Setting("vision_then_llm", False, 2, (0, 0), NONE, NONE, ODD),
+    "all streamed, 3 slots": Setting("vision_then_llm", True, 3, (0, 0), NONE, NONE, WHOLE),
+    "streamed, tied, lm_head in tiles": Setting(
+        "vision_then_llm", True, 2, (0, 0), (3, 0, 0), (3, 0, 0), SMALLEST, tied=True
+    ),
+    "vision streamed, LLM prefetched": Setting("prefetch", True, 2, (0, 0), ALL, ALL, WHOLE),
+    "half prefetched, grows after prefill": Setting(
+        "prefetch", False, 2, (0, 2), (1, 1, 0), (2, 2, 3), ODD
+    ),
+    "half of each, all first": Setting(
+        "all_first", False, 3, (2, 1), (1, 2, 1), (1, 2, 1), SMALLEST
+    ),
+    "nothing in prefill, all in decode": Setting(
+        "vision_then_llm", True, 3, (3, 0), NONE, ALL, ODD
+    ),
+}
+
+
+class Answer(NamedTuple):
+    """What a run gave, by name: features, logits, tokens; `error` where it ended with one."""
+
+    tensors: dict[str, torch.Tensor]
+    error: BaseException | None = None
+
+    def equals(self, other: Answer) -> bool:
+        """Bit for bit."""
+        if self.error is not None or self.tensors.keys() != other.tensors.keys():
+            return False
+        return all(torch.equal(tensor, other.tensors[n]) for n, tensor in self.tensors.items())
+
+
+class Seen(NamedTuple):
+    """The policy that showed it; the error that the run ended with, None where it gave another answer."""
+
+    policy: str
+    error: BaseException | None
+
+
+@dataclass
+class Lab:
+    """The checkpoints lie in `folder`; plans and the CPU's answers are kept."""
+
+    folder: Path
+    _checkpoints: dict[bool, spec.Checkpoint] = field(default_factory=dict)
+    _plans: dict[str, Plan] = field(default_factory=dict)
+    _answers: dict[str, Answer] = field(default_factory=dict)
+
+    def checkpoint(self, tied: bool) -> spec.Checkpoint:
+        """Three blocks and three layers, float32."""
+        if tied not in self._checkpoints:
+            name = "hostile-tied" if tied else "hostile"
+            make_checkpoint.SPECS[name] = make_checkpoint.SPECS["tiny"]._replace(
+                layers=3, vision_depth=3, full_attention_blocks=(1,), tied=tied
+            )
+            try:
+                make_checkpoint.make_random_checkpoint(name, self.folder / name)
+            finally:
+                del make_checkpoint.SPECS[name]
+            self._checkpoints[tied] = spec.read_checkpoint(self.folder / name)
+        return self._checkpoints[tied]
+
+    def workload(self, checkpoint: spec.Checkpoint) -> Workload:
+        images = tuple(parse_image(size, **PIXELS) for size in ("56x84", "140x112"))
+        rows = len(self.ids(checkpoint))
+        return Workload(
+            images=images,
+            **PIXELS,
+            prompt_tokens=rows,
+            prompt_is_bound=False,
+            max_new_tokens=NEW_TOKENS,
+            context_tokens=rows + NEW_TOKENS,
+        )
+
+    def ids(self, checkpoint: spec.Checkpoint) -> list[int]:
+        """Text, two images of 6 and 20 tokens, text."""
+        special = checkpoint.shape.token_ids
+        ids = list(range(10, 15))
+        for tokens in (6, 20):
+            ids += [special.vision_start, *[special.image] * tokens, special.vision_end]
+        return [*ids, *range(40, 47)]
+
+    def plan(self, name: str) -> Plan:
+        """The plan of a setting; the planner's checker finds nothing wrong with it."""
+        if name not in self._plans:
+            setting = SETTINGS[name]
+            checkpoint = self.checkpoint(setting.tied)
+            request = search.Request(checkpoint, self.workload(checkpoint), None)
+            heads = -(-640 // setting.tiles.vocabulary_rows)
+            choice = Choice(
+                order=setting.order,
+                images_together=setting.together,
+                depth=setting.depth,
+                vision=PhaseResidency(*setting.vision),
+                prefill=PhaseResidency(*setting.prefill[:2], min(heads, setting.prefill[2])),
+                decode=PhaseResidency(*setting.decode[:2], min(heads, setting.decode[2])),
+                tiles=setting.tiles,
+            )
+            plan = search.build(request, load_profile("cpu"), choice)
+            assert check(plan) == []
+            self._plans[name] = plan
+        return self._plans[name]
+
+    def expected(self, name: str) -> Answer:
+        """The plain CPU device's answer under the right plan."""
+        if name not in self._answers:
+            self._answers[name] = self._run(name, self.plan(name), None)
+        return self._answers[name]
+
+    def locations(self, name: str) -> dict[str, TensorLocation]:
+        return dict(self.checkpoint(SETTINGS[name].tied).tensors)
+
+    def hostile(self, name: str, policy: Policy, mutant: Mutant | None = None) -> Answer:
+        """What the hostile device answers under a policy, with every wait or without one."""
+        scheduler = Scheduler(policy)
+        device = HostileDevice(scheduler, without=mutant.without if mutant else ())
+        plan = (mutant.plan if mutant else None) or self.plan(name)
+        with scheduler.threads(), _lacking(mutant):
+            try:
+                return self._run(name, plan, device)
+            except (StowplanError, Blocked) as error:
+                return Answer({}, error)
+
+    def seen(
+        self,
+        name: str,
+        mutant: Mutant,
+        *,
+        seeds: int,
+        every_rank: bool = False,
+        stops: Sequence[int] = (),
+    ) -> Seen | None:
+        """How the mutant first gives another answer or none; None where it gives the same under every policy."""
+        for policy_name, policy in policies(seeds, every_rank=every_rank, stops=stops):
+            answer = self.hostile(name, policy, mutant)
+            if not answer.equals(self.expected(name)):
+                return Seen(policy_name, answer.error)
+        return None
+
+    def run(self, name: str, device: HostileDevice, scheduler: Scheduler) -> Answer:
+        """The right plan on a device of the caller's."""
+        with scheduler.threads():
+            return self._run(name, self.plan(name), device)
+
+    def _run(self, name: str, plan: Plan, device: Device | None) -> Answer:
+        request = self.request(name, poison=device is not None)
+        run(plan, request, device)
+        assert request.save_outputs is not None
+        return Answer(load_file(request.save_outputs))
+
+    def request(self, name: str, *, poison: bool = False) -> RunRequest:
+        checkpoint = self.checkpoint(SETTINGS[name].tied)
+        draws = torch.Generator().manual_seed(5)
+        shape = checkpoint.shape.vision
+        pixels = [
+            ArrayPixels(torch.randn(image.patches, shape.patch_values, generator=draws), image)
+            for image in self.workload(checkpoint).images
+        ]
+        return RunRequest(
+            locations=checkpoint.tensors,
+            images=tuple(pixels),
+            prompt=tuple(self.ids(checkpoint)),
+            stop=(),
+            sampling=Sampling(),
+            save_outputs=self.folder / "outputs.safetensors",
+            poison=poison,
+        )
+
+
+@contextmanager
+def _lacking(mutant: Mutant | None) -> Iterator[None]:
+    """The executor runs a plan that it would refuse, and its reader leaves out the mutant's rounds."""
+    if mutant is None:
+        yield
+        return
+    skipped = mutant.rounds
+
+    class RoundsReader(Reader):
+        def _after(self, copy: Copy, iteration: int) -> tuple[str | None, int]:
+            if (copy.id, iteration > 0) in skipped:
+                return None, 0
+            return super()._after(copy, iteration)
+
+    with patch("executor.prepare.check_order"), patch("executor.run.Reader", RoundsReader):
+        yield
