@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import gzip
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ PARTIAL = ("edges", "empty_cache", "late_start")
 # where memory goes back in the middle, what else would be free then depends on the recorded addresses
 PRESSED = ("driver_limit", "exact", "expandable", "garbage_collection", "max_split", "memory_limit")
 
+EventKey = tuple[str, int, int, int]
 BlockKey = tuple[int, int, int, str, int, tuple[int, ...], str]
 
 
@@ -68,10 +71,14 @@ class Run:
                 self.side_streams = True
             case "complete", stream:
                 simulator.pass_events(stream)
-            case "empty_cache", 0, 0:
-                simulator.empty_cache()
+            case "empty_cache", first, second:
+                simulator.empty_cache((first, second))
             case "set_fraction", fraction:
-                simulator.limit_bytes = int(fraction * self.total) if fraction < 1 else None
+                simulator.set_memory_fraction(fraction)
+            case "other_bytes", size:
+                simulator.free_bytes = self.total - size
+            case "create_pool", first, second, split, use_on_oom:
+                simulator.create_pool((first, second), split=split, use_on_oom=use_on_oom)
             case "begin_pool", first, second, stream:
                 streams = None if stream < 0 else frozenset({stream})
                 simulator.begin_pool((first, second), streams)
@@ -81,8 +88,8 @@ class Run:
                 simulator.release_pool((first, second))
             case ("reset_peak",):
                 simulator.stats.reset_peaks()
-            case ("record_history", _) | ("snapshot",):
-                pass
+            case "record_history", _:
+                simulator.heap.trace = []
             case _:
                 raise AssertionError(f"{where}: {action} {arguments} is not known here")
 
@@ -100,6 +107,17 @@ class Run:
             for block in self.simulator.heap.blocks.values()
             if block.mapped
         }
+
+    def events(self) -> list[EventKey]:
+        """What the simulator recorded, with torch's addresses."""
+        bases = sorted(self.moved)
+        found = []
+        for event in self.simulator.heap.trace or ():
+            address = event.address
+            if event.action != "oom":
+                address += self.moved[bases[bisect.bisect_right(bases, address) - 1]]
+            found.append((event.action, address, event.size_bytes, event.stream))
+        return found
 
 
 def _base(block: Block) -> int:
@@ -154,6 +172,36 @@ def test_a_program_leads_to_the_same_addresses_blocks_and_statistics_as_in_torch
     assert {key: simulated[key] for key in torchs} == torchs
 
 
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_records_the_same_events_in_the_same_order_as_torch(name: str) -> None:
+    run = Run(name)
+    (trace,) = _load(f"{name}.snapshot")["device_traces"]
+    torchs = [
+        (
+            event["action"],
+            event.get("addr", event.get("device_free")),
+            event["size"],
+            event["stream"],
+        )
+        for event in trace
+    ]
+    simulated = run.events()
+    # torch walks a hash table of streams to complete frees, and one of pools to release them
+    unordered = {"free_completed"} if run.side_streams else set()
+    if any(operation[0] == "release_pool" for operation in run.truth["program"]):
+        unordered.add("segment_free")
+    assert _in_any_order(simulated, unordered) == _in_any_order(torchs, unordered)
+
+
+def _in_any_order(events: list[EventKey], unordered: set[str]) -> list[EventKey]:
+    """The events, where several of an unordered action follow each other those sorted."""
+    found: list[EventKey] = []
+    for action, group in groupby(events, key=lambda event: event[0]):
+        together = list(group)
+        found += sorted(together) if action in unordered else together
+    return found
+
+
 def test_the_programs_reach_every_way_of_getting_and_giving_back_memory() -> None:
     truths = [_load(f"{name}.program") for name in PROGRAMS]
     reached = {
@@ -162,7 +210,14 @@ def test_the_programs_reach_every_way_of_getting_and_giving_back_memory() -> Non
     }
     assert min(reached.values()) > 50
     actions = {operation[0] for truth in truths for operation in truth["program"]}
-    assert {"record_stream", "begin_pool", "release_pool", "empty_cache", "set_fraction"} <= actions
+    assert {
+        "create_pool",
+        "empty_cache",
+        "other_bytes",
+        "record_stream",
+        "release_pool",
+        "set_fraction",
+    } <= actions
 
 
 def _outcome(name: str) -> Outcome:
