@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from planner.allocator_settings import ROUNDUP_INTERVALS, UNLIMITED, Settings
 from planner.heap import Block, Heap
+
+Stack = tuple[str, ...]  # names of frames, the innermost first
 
 _STATES = {True: "active_allocated", False: "active_awaiting_free"}
 
@@ -15,19 +17,19 @@ def heap_snapshot(
     heap: Heap,
     *,
     device: int = 0,
-    frames: Sequence[str] = (),
-    live_frames: Mapping[int, str] | None = None,
+    frames: Sequence[Stack] = (),
+    live_frames: Mapping[int, Stack] | None = None,
 ) -> dict[str, Any]:
-    """The snapshot of one device. `frames` name the events, `live_frames` the live blocks by address.
+    """The snapshot of one device. `frames` are the events' stacks, `live_frames` those of live blocks by address.
 
     An event's number stands for its time: nothing here knows a clock.
     """
-    names: dict[str, list[dict[str, Any]]] = {}
+    stacks: dict[Stack, list[dict[str, Any]]] = {}
 
-    def stack(name: str) -> list[dict[str, Any]]:
-        if name not in names:
-            names[name] = [{"name": name, "filename": "plan", "line": 0}] if name else []
-        return names[name]
+    def stack(names: Stack) -> list[dict[str, Any]]:
+        if names not in stacks:
+            stacks[names] = [{"name": name, "filename": "plan", "line": 0} for name in names]
+        return stacks[names]
 
     trace = []
     for index, event in enumerate(heap.trace or ()):
@@ -38,7 +40,7 @@ def heap_snapshot(
                 "size": event.size_bytes,
                 "stream": event.stream,
                 "time_us": index,
-                "frames": stack(frames[index] if index < len(frames) else ""),
+                "frames": stack(frames[index] if index < len(frames) else ()),
                 "pool_id": event.pool_id,
             }
         )
@@ -55,7 +57,10 @@ def heap_snapshot(
 
 
 def _segment(
-    block: Block, device: int, live_frames: Mapping[int, str], stack: Any
+    block: Block,
+    device: int,
+    live_frames: Mapping[int, Stack],
+    stack: Callable[[Stack], list[dict[str, Any]]],
 ) -> dict[str, Any]:
     blocks = []
     part: Block | None = block
@@ -66,7 +71,7 @@ def _segment(
                 "size": part.size_bytes,
                 "requested_size": part.requested_bytes,
                 "state": "inactive" if part.is_free else _STATES[part.allocated],
-                "frames": stack(live_frames.get(part.address, "")),
+                "frames": stack(live_frames.get(part.address, ())),
             }
         )
         part = part.next
