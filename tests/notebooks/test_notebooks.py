@@ -43,8 +43,8 @@ def pictures(notebook: Any) -> list[str]:
     return [o.data["image/png"] for o in outputs(notebook) if "image/png" in o.get("data", {})]
 
 
-def test_there_is_a_notebook() -> None:
-    assert [path.name for path in NOTEBOOKS] == ["where_the_memory_goes.ipynb"]
+def test_there_are_two_notebooks() -> None:
+    assert [path.stem for path in NOTEBOOKS] == ["choosing_a_budget", "where_the_memory_goes"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
