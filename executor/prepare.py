@@ -17,6 +17,7 @@ from torch import Tensor
 from executor import memory, text, vision
 from executor.arena import TORCH_DTYPES, Arena, check_places
 from executor.attention import check_kernel
+from executor.cuda_settings import check_effective, check_settings
 from executor.device import Device
 from executor.generate import Sampling, generator, next_token, seen_mask
 from executor.image import Pixels, PixelSource, open_image, patch_positions, window_order
@@ -130,7 +131,7 @@ def check_request(plan: Plan, request: Request) -> None:
             f"run with --device {plan.device.kind} or make a plan for the other"
         )
     if plan.device.kind == "cuda":
-        check_allocator(plan.device.allocator, os.environ)
+        check_settings(plan.device, os.environ)
     if request.fingerprint is not None and request.fingerprint != plan.model.fingerprint:
         raise PlanFileError(
             f"the plan is for {plan.model.name} ({plan.model.fingerprint[:12]}), the checkpoint is another one "
@@ -148,24 +149,6 @@ def check_request(plan: Plan, request: Request) -> None:
     for path in request.images:
         if isinstance(path, Path) and not path.is_file():
             raise InputError(f"{path}: no such image file")
-
-
-def check_allocator(allocator: str, environment: Mapping[str, str]) -> None:
-    """Nothing, if the CUDA allocator's settings in the environment are those that the plan counted with."""
-    # torch 2.9 renamed it; the older name still works
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        settings = environment.get(name, "").replace(" ", "").lower()
-        if settings:
-            break
-    expandable = "expandable_segments:true" in settings
-    if expandable != (allocator == "expandable"):
-        wanted = (
-            "expandable_segments:True" if allocator == "expandable" else "no expandable_segments"
-        )
-        raise PlanFileError(
-            f"the plan counts with the {allocator} allocator, so it wants {wanted} in {name}, "
-            f"found {settings or 'nothing'}; set it so, or plan with --allocator {'expandable' if expandable else 'native'}"
-        )
 
 
 def read_prompt(plan: Plan, request: Request, tokenizer: Any = None) -> Prompt:
@@ -209,7 +192,12 @@ def read_prompt(plan: Plan, request: Request, tokenizer: Any = None) -> Prompt:
 
 
 def check_kernels(plan: Plan, device: Device) -> None:
-    """Nothing, if the device runs every attention kernel of the plan for its shapes; KernelRefused if not."""
+    """Nothing, if the device runs every attention kernel of the plan for its shapes; KernelRefused if not.
+
+    On a card the settings in effect are looked at too, whoever made them.
+    """
+    if plan.device.kind == "cuda" and device.kind == "cuda":
+        check_effective(plan.device)
     tiles, tower, language = plan.levers.tiles, plan.model.vision, plan.model.text
     patches = max((image.patches for image in plan.workload.images), default=0)
     window = max((run.rows for image in plan.workload.images for run in image.windows), default=0)

@@ -468,13 +468,13 @@ def peak_terms(problem: Problem, found: Evaluated, index: int) -> tuple[MemoryTe
                 "library workspaces",
                 libraries,
                 found.workspace_error_bytes,
-                profile.sources.get("workspace_bytes", profile.id),
+                "torch's CublasHandlePool.cpp by compute capability",
             ),
             (
                 "kernels' own blocks",
                 blocks,
                 found.blocks_error_bytes,
-                "formulas per kernel, walked; split keys by the kernel's heuristic, declared",
+                "formulas that walks of the steps confirm",
             ),
             ("allocator's rounding", rest, 0, "allocator rules"),
         ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from planner.plan import DTYPE_BYTES, Buffer, Copy, Plan, Step
+from planner.plan import DTYPE_BYTES, Buffer, Copy, PhasePrediction, Plan, Step
 
 UNROLLED = 3
 
@@ -295,8 +295,45 @@ def _peak_problems(plan: Plan) -> list[str]:
                 problems.append(f"{step.id}: the terms do not add up to the expected bytes")
         if step.expected_bytes > prediction.expected_peak_bytes:
             problems.append(f"{step.id}: expects more than the plan's peak")
+        problems += _block_problems(step)
     if prediction.bound_peak_bytes < prediction.expected_peak_bytes + device.context_error_bytes:
         problems.append("the bound leaves out a stated error")
+    if prediction.peak_step != "load":
+        if sum(term.expected_bytes for term in prediction.terms) != prediction.expected_peak_bytes:
+            problems.append("the terms of the peak do not add up to it")
+        errors = sum(term.error_bytes for term in prediction.terms)
+        if prediction.expected_peak_bytes + errors != prediction.bound_peak_bytes:
+            problems.append("the terms' errors do not add up to the bound's")
+    for phase in prediction.phases:
+        if phase.allocated_peak_bytes > phase.reserved_peak_bytes:
+            problems.append(f"{phase.phase}: more is allocated than reserved")
+        if device.kind == "cuda":
+            problems += _card_problems(plan, phase)
     if device.budget_bytes is not None and prediction.bound_peak_bytes > device.budget_bytes:
         problems.append("the bound is above the budget")
+    return problems
+
+
+def _block_problems(step: Step) -> list[str]:
+    """Blocks outside the arena that a step lists against the bytes it states."""
+    alive = [
+        sum(b.size_bytes for b in step.outside if b.birth <= number < b.death)
+        for number in range(len(step.outside))
+    ]
+    if [block.birth for block in step.outside] != list(range(len(alive))):
+        return [f"{step.id}: its blocks are not in the order in which they are taken"]
+    if max(alive, default=0) != step.outside_bytes:
+        return [f"{step.id}: its blocks do not add up to the {step.outside_bytes} bytes outside"]
+    return []
+
+
+def _card_problems(plan: Plan, phase: PhasePrediction) -> list[str]:
+    """A card holds the same throughout: context, and what is reserved for arena, kept blocks and the steps' own."""
+    problems = []
+    held = plan.prediction.arena_bytes + sum(block.size_bytes for block in plan.device.kept)
+    own = [s.outside_bytes for s in plan.steps if phase.phase in ("load", s.phase)]
+    if phase.allocated_peak_bytes < held + max(own, default=0):
+        problems.append(f"{phase.phase}: allocated leaves out arena, kept blocks or the steps' own")
+    if phase.expected_peak_bytes != plan.device.context_bytes + phase.reserved_peak_bytes:
+        problems.append(f"{phase.phase}: context and reserved do not add up to the expected peak")
     return problems

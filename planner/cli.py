@@ -129,6 +129,11 @@ def _parser() -> argparse.ArgumentParser:
         help="host memory that may keep weights once they were read (default: as the profile says)",
     )
     add(
+        "--allocator",
+        choices=("native", "expandable"),
+        help="torch's segments on a card: native, or expandable, for which the run needs PYTORCH_ALLOC_CONF=expandable_segments:True (default: as the profile says)",
+    )
+    add(
         "--out",
         type=Path,
         metavar="FILE",
@@ -165,7 +170,16 @@ def _plan(options: argparse.Namespace) -> None:
     checkpoint = resolve_model(options.model)
     _check_dtype(checkpoint, device)
     workload = _workload(options, checkpoint)
-    request = Request(checkpoint, workload, budget, ram_bytes=ram, command=_command(options))
+    if options.allocator is not None and device.kind == "cpu":
+        raise InputError("--allocator: a card has one, the CPU has none; leave it out")
+    request = Request(
+        checkpoint,
+        workload,
+        budget,
+        ram_bytes=ram,
+        allocator=options.allocator,
+        command=_command(options),
+    )
     if options.sweep:
         with _stdout():
             show.show_sweep(request, device, json=options.json, picture=options.out)
@@ -305,6 +319,7 @@ def _command(options: argparse.Namespace) -> str:
         ("--context-tokens", options.context_tokens),
         ("--device", options.device),
         ("--ram", options.ram),
+        ("--allocator", options.allocator),
     ]
     words = ["plan"]
     for option, value in given:

@@ -252,7 +252,12 @@ class FakeCard:
             stack.enter_context(cuda_guard())
             for name, stand_in in cuda.items():
                 stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
-            backends = torch.backends.cuda
+            backends, settings = torch.backends.cuda, self.allocator.settings
+            effective = {"expandable_segments": settings.expandable_segments}
+            snapshot = mock.Mock(return_value={"allocator_settings": effective})
+            stack.enter_context(mock.patch.object(torch.cuda.memory, "_snapshot", snapshot))
+            workspace = mock.Mock(return_value=cublas_workspace_bytes(self.capability))
+            stack.enter_context(mock.patch.object(backends, "cublas_workspace_size", workspace))
             stack.enter_context(mock.patch.object(backends, "SDPAParams", _Params))
             for name, ask in (
                 ("can_use_flash_attention", self._flash),

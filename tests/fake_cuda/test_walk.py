@@ -13,7 +13,7 @@ import torch
 
 from executor import prepare
 from executor.device import Chunk, Files
-from planner.errors import KernelRefused
+from planner.errors import KernelRefused, PlanFileError
 from planner.units import GIB, MIB
 
 MODEL, IMAGE = "3b", "308x196"  # 22 x 14 patches: windows cut at the right and at the bottom
@@ -172,3 +172,12 @@ def test_the_cap_leaves_the_budget_less_the_context_to_the_allocator(harness: Mo
         assert abs(limit - (4 * GIB - harness.CONTEXT_BYTES)) < 512
         device.close()
         assert card.fraction == 1.0
+
+
+def test_settings_in_effect_other_than_the_plans_are_refused_at_the_start(
+    harness: ModuleType, small: Any
+) -> None:
+    with pytest.raises(PlanFileError, match="native allocator, found expandable_segments:True"):
+        harness.walk(small, harness.FakeCard("12.0", 16 * GIB, "expandable_segments:True"))
+    with pytest.raises(PlanFileError, match="workspace of 8519680 bytes, torch takes 33554432"):
+        harness.walk(small, harness.FakeCard("9.0", 16 * GIB))

@@ -164,3 +164,24 @@ def test_a_bound_above_the_budget_or_below_its_errors_is_found(streamed: Plan) -
     assert check(streamed.model_copy(update={"device": tight})) == ["the bound is above the budget"]
     low = prediction.model_copy(update={"bound_peak_bytes": prediction.expected_peak_bytes})
     assert check(streamed.model_copy(update={"prediction": low}))
+
+
+def test_blocks_outside_the_arena_that_do_not_add_up_are_found(streamed: Plan) -> None:
+    index = next(i for i, s in enumerate(streamed.steps) if len(s.outside) > 1)
+    blocks = streamed.steps[index].outside
+    assert check(with_step(streamed, index, outside=blocks[1:]))
+    assert check(with_step(streamed, index, outside=blocks[::-1]))
+
+
+@pytest.mark.parametrize("allocator", ["native", "expandable"])
+def test_a_cards_phases_that_leave_something_out_are_found(kit: Any, allocator: str) -> None:
+    plan = kit.plan("tiny", None, "rtx-5080-16gb", allocator=allocator)
+    assert check(plan) == []
+    prediction = plan.prediction
+    for name in ("allocated_peak_bytes", "reserved_peak_bytes", "expected_peak_bytes"):
+        phases = list(prediction.phases)
+        phases[1] = phases[1].model_copy(update={name: getattr(phases[1], name) // 2})
+        broken = prediction.model_copy(update={"phases": tuple(phases)})
+        assert check(plan.model_copy(update={"prediction": broken})), name
+    terms = prediction.model_copy(update={"terms": prediction.terms[1:]})
+    assert check(plan.model_copy(update={"prediction": terms}))

@@ -17,10 +17,10 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from executor.cpu import CpuDevice
+from executor.cuda_settings import check_settings
 from executor.device import Chunk, Files
 from executor.generate import Sampling
 from executor.image import open_image
-from executor.prepare import check_allocator
 from executor.prompt import build_prompt, load_tokenizer
 from executor.run import Request, run
 from planner.errors import (
@@ -31,7 +31,7 @@ from planner.errors import (
     PlanFileError,
     RunFailed,
 )
-from planner.plan import Plan, TensorLocation
+from planner.plan import DeviceTerms, Plan, TensorLocation
 from planner.units import MIB
 
 
@@ -306,16 +306,33 @@ def test_a_tensor_of_another_size_is_refused(tiny: Any) -> None:
         ),
         ("expandable", {}, False),
         ("expandable", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, True),
+        ("native", {"PYTORCH_ALLOC_CONF": "expandable_segments:False, backend:native"}, True),
+        ("native", {"PYTORCH_ALLOC_CONF": "pinned_num_register_threads:8"}, True),
+        ("native", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, False),
+        ("native", {"PYTORCH_ALLOC_CONF": "roundup_power2_divisions:[256:1,>:4]"}, False),
+        ("native", {"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}, False),
+        ("native", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, False),
+        ("native", {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}, False),
+        (
+            "expandable",
+            {
+                "PYTORCH_ALLOC_CONF": "expandable_segments:True,pinned_use_cuda_host_register:True",
+                "PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync",
+            },
+            True,
+        ),
     ],
 )
 def test_the_allocators_settings_must_be_the_plans(
     allocator: str, environment: dict[str, str], fits: bool
 ) -> None:
+    conf = "expandable_segments:True" if allocator == "expandable" else ""
+    terms = DeviceTerms.model_construct(allocator=allocator, alloc_conf=conf)
     if fits:
-        check_allocator(allocator, environment)
+        check_settings(terms, environment)
         return
-    with pytest.raises(PlanFileError, match=f"counts with the {allocator} allocator"):
-        check_allocator(allocator, environment)
+    with pytest.raises(PlanFileError, match="the plan counts with"):
+        check_settings(terms, environment)
 
 
 def test_the_tokenizer_is_read_once(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
