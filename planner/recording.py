@@ -130,7 +130,8 @@ def _notes(outcome: Outcome, record: DeviceRecord, snapshot: Snapshot) -> list[s
         )
     if outcome.contradictions:
         notes.append(
-            f"{name}: {outcome.contradictions} events do not fit the final state and were put right"
+            f"{name}: {outcome.contradictions} events do not fit what the rules made of those before and were put "
+            "right; settings that changed during the trace are not recorded"
         )
     if all(event.pool_id is None for event in record.events) and any(
         segment.pool_id != DEFAULT_POOL for segment in record.segments
@@ -677,22 +678,22 @@ def _attempts(events: tuple[Event, ...]) -> dict[int, int]:
     """
     found = {}
     first: int | None = None  # of the run
-    released = False
+    released = grew = False
     for index, event in enumerate(events):
         action = event.action
+        before = events[index - 1] if index else event
         if action in ("segment_free", "segment_unmap"):
-            released = released or not event.emptied
-        elif action == "free_completed":
-            before = events[index - 1] if index else None
-            if before and before.action == "free_requested" and before.address == event.address:
-                first, released = None, False
-                continue
+            released, grew = released or not event.emptied, False
         elif action in ("segment_alloc", "segment_map"):
-            pass
-        else:
-            if first is not None and (action == "oom" or (released and action == "alloc")):
+            grew = released
+        elif action != "free_completed" or (before.action, before.address) == (
+            "free_requested",
+            event.address,
+        ):
+            # an oom also ends a retry that had nothing to give back
+            if first is not None and (action == "oom" or (grew and action == "alloc")):
                 found[first] = index
-            first, released = None, False
+            first, released, grew = None, False, False
             continue
         if first is None:
             first = index
