@@ -188,14 +188,14 @@ def _plan(options: argparse.Namespace) -> None:
         plan = search(request, device)
     except BudgetTooSmall as error:
         raise _as_typed(error, request) from None
-    if options.out is not None:
-        plan.save(options.out)
-        print(f"wrote {options.out}", file=sys.stderr)
     if options.snapshot is not None:
         from planner.plan_snapshot import write
 
         write(plan, options.snapshot)
         print(f"wrote {options.snapshot}", file=sys.stderr)
+    if options.out is not None:
+        plan.save(options.out)
+        print(f"wrote {options.out}", file=sys.stderr)
     with _stdout():
         show.show_plan(plan, request, device, json=options.json, path=options.out)
 
