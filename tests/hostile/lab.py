@@ -70,6 +70,9 @@ SMALLEST = Tiles(
 )
 
 
+MIDDLE = SMALLEST.model_copy(update={"prompt_rows": 16, "prompt_mlp_rows": 16})
+
+
 class Setting(NamedTuple):
     """One setting of the levers; residency as (attention, MLP) and (attention, MLP, lm_head) counts."""
 
@@ -91,15 +94,13 @@ SETTINGS = {
     "all streamed, 2 slots": Setting("vision_then_llm", False, 2, (0, 0), NONE, NONE, ODD),
     "all streamed, 3 slots": Setting("vision_then_llm", True, 3, (0, 0), NONE, NONE, WHOLE),
     "streamed, tied, lm_head in tiles": Setting(
-        "vision_then_llm", True, 2, (0, 0), (3, 0, 0), (3, 0, 0), SMALLEST, tied=True
+        "vision_then_llm", True, 2, (0, 0), (3, 0, 0), (3, 0, 0), MIDDLE, tied=True
     ),
     "vision streamed, LLM prefetched": Setting("prefetch", True, 2, (0, 0), ALL, ALL, WHOLE),
     "half prefetched, grows after prefill": Setting(
         "prefetch", False, 2, (0, 2), (1, 1, 0), (2, 2, 3), ODD
     ),
-    "half of each, all first": Setting(
-        "all_first", False, 3, (2, 1), (1, 2, 1), (1, 2, 1), SMALLEST
-    ),
+    "half of each, all first": Setting("all_first", False, 3, (2, 1), (1, 2, 1), (1, 2, 1), MIDDLE),
     "nothing in prefill, all in decode": Setting(
         "vision_then_llm", True, 3, (3, 0), NONE, ALL, ODD
     ),

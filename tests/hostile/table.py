@@ -78,6 +78,10 @@ def markdown(found: Sequence[Verdict]) -> str:
             f"| {sort or 'all'} | {len(rows)} | {len(needed)} | {shown} | {len(implied)} | {odd} | {refused} |"
         )
     wrong = [v for v in found if not v.holds]
-    lines += ["", f"{len(wrong)} of {len(found)} do not hold."]
+    failed = sum(v.seen is not None and v.seen.error is not None for v in found)
+    lines += [
+        "",
+        f"{len(wrong)} of {len(found)} do not hold. Of the shown {failed} ended with an error, the others with another answer.",
+    ]
     lines += [f"- {v.setting}: {v.mutant.sort}: {v.mutant.name}" for v in wrong]
     return "\n".join(lines)
