@@ -112,8 +112,7 @@ def draft(problem: Problem, choice: Choice, prefetch_after: dict[str, int] | Non
     drafted = program(choice, problem.model, problem.workload, sizes, prefetch_after=prefetch_after)
     head_rows = min(choice.tiles.vocabulary_rows, problem.model.text.vocabulary)
     step_seconds = [problem.seconds_of(step, choice.tiles, head_rows) for step in drafted.steps]
-    copy_seconds = _copy_seconds(problem, drafted)
-    stolen = {copy.id: problem.costs.stolen(copy.size_bytes) for copy in drafted.copies}
+    copy_seconds, stolen = _copy_seconds(problem, drafted)
     found: list[Draft] = []
     for patient in (True, False):
         copies = queue_order(drafted, step_seconds, copy_seconds, patient=patient)
@@ -166,12 +165,13 @@ def work_out(problem: Problem, drafted_: Draft) -> Evaluated:
         card = None
         workspace_error = blocks_error = 0
     else:
-        card = _on_card(problem, layout.height_bytes, outside, outside)
+        scratch = max(step.outside for step in bytes_)
+        card = _on_card(problem, layout.height_bytes, outside, scratch)
         # the arena and all that is kept are taken before the first weight is read
         load = context + card.reserved
         expected = [load] * len(bytes_)
         doubled = [_declared_doubled(blocks) for blocks in outside]
-        more = _on_card(problem, layout.height_bytes, outside, doubled).reserved - card.reserved
+        more = _on_card(problem, layout.height_bytes, doubled, scratch).reserved - card.reserved
         workspace_error, blocks_error = WORKSPACE_ERROR_BYTES, more + BLOCKS_ERROR_BYTES
     return Evaluated(
         choice=choice,
@@ -197,13 +197,12 @@ def work_out(problem: Problem, drafted_: Draft) -> Evaluated:
 def _on_card(
     problem: Problem,
     arena_bytes: int,
-    planned: Sequence[tuple[Outside, ...]],
-    taken: Sequence[tuple[Outside, ...]],
+    outside: Sequence[tuple[Outside, ...]],
+    scratch_bytes: int,
 ) -> CardBytes:
-    """The allocator's bytes where room is made for the `planned` blocks and the steps take `taken`."""
-    scratch = max((peak_bytes(blocks) for blocks in planned), default=0)
+    conf = problem.alloc_conf
     return card_bytes(
-        arena_bytes, problem.kept, taken, scratch_bytes=scratch, alloc_conf=problem.alloc_conf
+        arena_bytes, problem.kept, outside, scratch_bytes=scratch_bytes, alloc_conf=conf
     )
 
 
@@ -269,10 +268,13 @@ def _host_bytes(problem: Problem, drafted: Program) -> list[int]:
     return host
 
 
-def _copy_seconds(problem: Problem, drafted: Program) -> dict[str, float]:
+def _copy_seconds(
+    problem: Problem, drafted: Program
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of each copy, and seconds that it steals from the steps beside it."""
     seen: set[str] = set()
     touched: set[str] = set()
-    seconds = {}
+    seconds, stolen = {}, {}
     for copy in drafted.copies:
         first = copy.unit not in seen
         seen.add(copy.unit)
@@ -282,7 +284,8 @@ def _copy_seconds(problem: Problem, drafted: Program) -> dict[str, float]:
         seconds[copy.id] = problem.costs.copy(
             copy.size_bytes, first=first, cached=problem.cached, fresh=fresh
         )
-    return seconds
+        stolen[copy.id] = problem.costs.stolen(copy.size_bytes, fresh=fresh)
+    return seconds, stolen
 
 
 # --- the plan -----------------------------------------------------------------------------------------------------
@@ -533,7 +536,7 @@ def _phases(problem: Problem, found: Evaluated) -> tuple[PhasePrediction, ...]:
                 activations_bytes=kinds["residual"] + kinds["scratch"],
                 kv_cache_bytes=kinds["kv_cache"],
                 staging_bytes=kinds["staging"],
-                outside_bytes=max(peak_bytes(found.outside[i]) for i in indexes),
+                outside_bytes=max(found.bytes[i].outside for i in indexes),
                 context_bytes=found.context_bytes,
                 allocated_peak_bytes=max(
                     card.allocated[i] if card else found.bytes[i].live + found.bytes[i].outside

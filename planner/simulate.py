@@ -5,10 +5,11 @@ from __future__ import annotations
 import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from planner.allocator import CachingAllocator
-from planner.allocator_settings import parse_settings
+from planner.allocator_settings import Settings, parse_settings
 from planner.graph import Intervals, start_index
 from planner.heap import Block
 from planner.plan import DTYPE_BYTES, Kept, ModelShape, Outside, Phase, Workload
@@ -133,9 +134,11 @@ def step_bytes(
     by_pages: bool,
 ) -> list[StepBytes]:
     """Bytes of every step. `by_pages` (the CPU): arena pages count from their first write until a phase end at which nothing alive lies on them."""
+    distinct = {id(blocks): blocks for blocks in outside}  # equal steps share theirs
+    peaks = {key: peak_bytes(blocks) for key, blocks in distinct.items()}
     if not by_pages:
         return [
-            StepBytes(live[i], arena_bytes, peak_bytes(outside[i]))
+            StepBytes(live[i], arena_bytes, peaks[id(outside[i])])
             for i in range(len(program.steps))
         ]
     arriving: dict[int, list[CopyDraft]] = {}
@@ -160,7 +163,7 @@ def step_bytes(
             start = offsets[name]
             for low, high in _written(name, program, model, workload, phase):
                 touched.add(start + low, start + high)
-        result.append(StepBytes(live[index], touched.total, peak_bytes(outside[index])))
+        result.append(StepBytes(live[index], touched.total, peaks[id(outside[index])]))
     return result
 
 
@@ -200,7 +203,7 @@ def card_bytes(
     After the arena and the kept blocks, one block of `scratch_bytes` (the steps' largest simultaneous size) is taken
     and given back, so that the rest of the run finds its room. `alloc_conf` as in PYTORCH_ALLOC_CONF.
     """
-    allocator = CachingAllocator(parse_settings(alloc_conf))
+    allocator = CachingAllocator(_settings(alloc_conf))
     base = allocator.malloc(arena_bytes).size_bytes
     base += sum(allocator.malloc(block.size_bytes).size_bytes for block in kept)
     start_allocated = base
@@ -213,6 +216,11 @@ def card_bytes(
     most = {key: base + _replayed_peak(allocator, blocks) for key, blocks in distinct.items()}
     allocated = [most[id(blocks)] for blocks in outside]
     return CardBytes(allocator.reserved_bytes, start, start_allocated, allocated)
+
+
+@lru_cache(maxsize=8)
+def _settings(alloc_conf: str) -> Settings:
+    return parse_settings(alloc_conf)
 
 
 def _replayed_peak(allocator: CachingAllocator, blocks: Sequence[Outside]) -> int:
