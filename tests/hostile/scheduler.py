@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
-
-from executor import weights
+from unittest.mock import patch
 
 HOSTS = ("main", "reader")
 QUEUES = ("compute", "copy")
@@ -31,6 +30,11 @@ class Blocked(RuntimeError):
     """Nobody can go on."""
 
 
+def _sort(name: str) -> str:
+    """A second reader is called `reader 2` and ranks as the first."""
+    return name.partition(" ")[0]
+
+
 # --- policies -----------------------------------------------------------------------------------------------------
 
 
@@ -38,7 +42,7 @@ def by_rank(*ranked: str) -> Policy:
     """Always the first of `ranked` that can go on; the second half of a move ranks as the copy queue, unless named."""
     order = {name: rank for rank, name in enumerate(ranked)}
     order.setdefault(LANDING, order["copy"])
-    return lambda choices: min(choices, key=order.__getitem__)
+    return lambda choices: min(choices, key=lambda name: order[_sort(name)])
 
 
 def alternating() -> Policy:
@@ -48,7 +52,7 @@ def alternating() -> Policy:
     def pick(choices: Sequence[str]) -> str:
         order = [*HOSTS, *QUEUES, LANDING]
         first = next(turns) % len(order)
-        return min(choices, key=lambda name: (order.index(name) - first) % len(order))
+        return min(choices, key=lambda name: (order.index(_sort(name)) - first) % len(order))
 
     return pick
 
@@ -80,7 +84,7 @@ def at_random(seed: int) -> Policy:
             draws.shuffle(ranked)
             left = 1 if seed % 3 == 0 else draws.randint(1, 60)
         left -= 1
-        return min(choices, key=ranked.index)
+        return min(choices, key=lambda name: ranked.index(_sort(name)))
 
     return pick
 
@@ -215,20 +219,18 @@ class Scheduler:
     @contextmanager
     def threads(self) -> Iterator[None]:
         """`executor.weights` uses the scheduler's threads and locks meanwhile."""
-        found = weights.threading
-        weights.threading = SimpleNamespace(  # type: ignore[assignment,attr-defined]
+        own = SimpleNamespace(
             Condition=lambda: Condition(self),
             Lock=lambda: Condition(self),
             Thread=lambda **given: Thread(self, **given),
         )
-        try:
+        with patch("executor.weights.threading", own):
             yield
-        finally:
-            weights.threading = found  # type: ignore[attr-defined]
 
     def started(self, name: str, run: Callable[[], None]) -> threading.Thread:
         """A thread that begins with `run` when it is first picked."""
-        host = _Host(name)
+        others = sum(_sort(host.name) == name for host in self._hosts.values())
+        host = _Host(f"{name} {others + 1}" if others else name)
 
         def body() -> None:
             host.baton.acquire()

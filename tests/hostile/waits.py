@@ -67,10 +67,10 @@ def mutants(plan: Plan, locations: dict[str, TensorLocation]) -> Iterator[Mutant
         if copy.after is None:
             continue
         name = f"{copy.id} for {copy.after}"
-        host = {("issued step", place) for place in places[copy.id]}
-        marks = {("copy waits", place) for place in places[copy.id]}
-        yield Mutant(SORTS[1], name, frozenset(host | marks), plan=_eager(plan, copy.id))
-        yield Mutant(SORTS[5], name, frozenset(marks), without=tuple(sorted(marks)))
+        issued = {("issued step", place) for place in places[copy.id]}
+        marked = {("copy waits", place) for place in places[copy.id]}
+        yield Mutant(SORTS[1], name, frozenset(issued | marked), plan=_eager(plan, copy.id))
+        yield Mutant(SORTS[5], name, frozenset(marked), without=tuple(sorted(marked)))
         if copy.wraps:
             for later, chosen in ((False, places[copy.id][:1]), (True, places[copy.id][1:])):
                 edges = {(s, place) for s in ("issued step", "copy waits") for place in chosen}
