@@ -157,7 +157,6 @@ class _Run:
             for address, block in self.heap.blocks.items()
             if block.allocated or block.waiting
         }
-        self.completes = any(event.action == "free_completed" for event in record.events)
         _mark_pools(self.heap, record, start)
         self.attempts = _attempts(record.events)
         self.unknown_pools = 0
@@ -207,14 +206,14 @@ class _Run:
         if self.heap.find(pool, event.stream, size) is None:
             self.refused.add(index)
 
-    def request_free(self, event: Event) -> None:
+    def request_free(self, event: Event, index: int) -> None:
         block = self.held.get(event.address)
         if block is None or not block.allocated:
             self.outcome.contradictions += 1
             return
         self.heap.request_free(block)
         block.waiting = 1
-        if not self.completes:
+        if index in self.start.silent:
             self.complete_free(event)
 
     def complete_free(self, event: Event) -> None:
@@ -258,9 +257,9 @@ class _Guided(_Run):
                 self.grown = []
             elif action == "free_requested":
                 out.frees_requested += 1
-                self.request_free(event)
+                self.request_free(event, index)
                 follows = events[index + 1] if index + 1 < len(events) else None
-                if self.completes and (
+                if index not in self.start.silent and (
                     follows is None
                     or follows.action != "free_completed"
                     or follows.address != event.address
@@ -577,7 +576,7 @@ class _Free(_Run):
                 self.grown = []
                 peak = max(peak, heap.reserved_bytes)
             elif action == "free_requested":
-                self.request_free(event)
+                self.request_free(event, index)
             elif action == "free_completed":
                 self.complete_free(event)
             elif action in ("segment_alloc", "segment_map"):
@@ -686,10 +685,11 @@ def _attempts(events: tuple[Event, ...]) -> dict[int, int]:
             released, grew = released or not event.emptied, False
         elif action in ("segment_alloc", "segment_map"):
             grew = released
-        elif action != "free_completed" or (before.action, before.address) == (
-            "free_requested",
-            event.address,
-        ):
+        elif action == "free_completed":
+            if (before.action, before.address) == ("free_requested", event.address):
+                # an ordinary free, or one that waited and is the first to be completed
+                first, released, grew = None, False, False
+        else:
             # an oom also ends a retry that had nothing to give back
             if first is not None and (action == "oom" or (grew and action == "alloc")):
                 found[first] = index

@@ -79,6 +79,7 @@ class Start:
     ranges: list[Range]
     live: dict[int, Live]
     pool_ids: list[PoolId | None]  # None: of a segment that is gone, its pool was never told
+    silent: set[int] = field(default_factory=set)  # frees whose completion was not recorded
     guessed_sizes: int = 0  # blocks whose slack cannot be known
     contradictions: int = 0  # events that do not fit what comes after them
 
@@ -181,6 +182,7 @@ def _undo(start: Start, event: Event, index: int, bases: list[int], completes: b
         found = live.get(address)
         if found is None:
             live[address] = Live(event.size_bytes, None, False)
+            start.silent.add(index)
             start.contradictions += completes
         else:
             start.contradictions += not found.waiting
