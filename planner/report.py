@@ -48,7 +48,7 @@ def render(
         _facts(_request(plan, rates)),
     ]
     sections: list[RenderableType] = [
-        Group(Text("phases, in GiB", style="bold"), tables.phases(plan)),
+        Group(Text(f"phases, in {tables.scale(plan).name}", style="bold"), tables.phases(plan)),
         tables.timeline(plan, blocks=blocks),
         tables.peak(plan),
     ]
@@ -93,19 +93,19 @@ def _facts(rows: list[tuple[str, str]]) -> Table:
 # --- what is asked ------------------------------------------------------------------------------------------------
 
 
-def typed_budget(request: str, budget_bytes: int) -> str:
+def typed_budget(request: str, budget_bytes: int, unit: tables.Scale = tables.IN_GIB) -> str:
     """`16GB (14.90 GiB)`: the budget as the command has it and in GiB; the latter alone where the command has none."""
     words = shlex.split(request)
     typed = words[words.index("--vram") + 1] if "--vram" in words[:-1] else ""
-    shown = format_gib(budget_bytes)
+    shown = unit.named(budget_bytes)
     return shown if typed.replace(" ", "") in ("", shown.replace(" ", "")) else f"{typed} ({shown})"
 
 
 def _verdict(plan: Plan) -> str:
-    budget, peak = plan.device.budget_bytes, plan.prediction.bound_peak_bytes
+    budget, unit = plan.device.budget_bytes, tables.scale(plan)
     if budget is None:
-        return f"{plan.model.name} on {plan.device.profile} needs {format_gib(peak)}; no budget was given"
-    return f"{plan.model.name} fits {typed_budget(plan.request, budget)} on {plan.device.profile}"
+        return f"{plan.model.name} on {plan.device.profile} needs {unit.named(plan.prediction.bound_peak_bytes)}; no budget was given"
+    return f"{plan.model.name} fits {typed_budget(plan.request, budget, unit)} on {plan.device.profile}"
 
 
 def _request(plan: Plan, rates: str) -> list[tuple[str, str]]:
@@ -113,8 +113,9 @@ def _request(plan: Plan, rates: str) -> list[tuple[str, str]]:
     at_most = "at most " if workload.prompt_is_bound else ""
     known = f"; rates: {rates}" if rates else ""
     budget = plan.device.budget_bytes
+    unit = tables.scale(plan)
     spare = 0 if budget is None else budget - prediction.bound_peak_bytes
-    headroom = "" if budget is None else f", {format_gib(spare)} headroom"
+    headroom = "" if budget is None else f", {unit.named(spare)} headroom"
     return [
         *_images(workload),
         (
@@ -124,15 +125,15 @@ def _request(plan: Plan, rates: str) -> list[tuple[str, str]]:
         ),
         (
             "memory",
-            f"{format_gib(prediction.expected_peak_bytes)} expected, "
-            f"{format_gib(prediction.bound_peak_bytes)} at most (bound){headroom}",
+            f"{unit.named(prediction.expected_peak_bytes)} expected, "
+            f"{unit.named(prediction.bound_peak_bytes)} at most (bound){headroom}",
         ),
         ("seconds", f"{_seconds(plan)}{known}"),
         (
             "search",
             f"{prediction.candidates} settings weighed: none can take less than "
             f"{format_seconds(prediction.seconds_lower_bound)} here, "
-            f"nor fit less than {format_gib(prediction.smallest_budget_bytes)}",
+            f"nor fit less than {unit.named(prediction.smallest_budget_bytes)}",
         ),
     ]
 
@@ -207,11 +208,15 @@ def _tiles(levers: Levers, plan: Plan) -> str:
 
 
 def _run(plan: Plan, path: Path | None) -> str:
-    """The command that executes this plan."""
-    words = ["execute", str(path or "plan.json")]
-    command = shlex.join(words) + " --model DIR"
+    """The command that executes this plan, broken before column 80 as a shell takes it."""
+    words = [f"execute {shlex.quote(str(path or 'plan.json'))}", "--model DIR"]
     for image in plan.workload.images:
         size = f"{image.source_width_px}x{image.source_height_px}"
-        command += " --image " + ("FILE" if image.name == size else shlex.quote(image.name))
-    command += " --prompt TEXT"
-    return f"  {command}" + ("" if path else "\n  (first save the plan: add --out plan.json)")
+        words.append("--image " + ("FILE" if image.name == size else shlex.quote(image.name)))
+    lines = [""]
+    for word in [*words, "--prompt TEXT"]:
+        if len(lines[-1]) + len(word) > tables.COLUMNS - 5 and lines[-1]:
+            lines.append("   ")
+        lines[-1] += f" {word}"
+    text = " " + " \\\n ".join(lines)
+    return text + ("" if path else "\n  (first save the plan: add --out plan.json)")

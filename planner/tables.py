@@ -4,25 +4,45 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.table import Table
 from rich.text import Text
 
 from planner.gantt import bar, columns, gantt, widths
 from planner.plan import Plan
-from planner.units import GIB, format_gib, format_seconds
+from planner.units import GIB, MIB, format_seconds
 
 if TYPE_CHECKING:
     from planner.sweep import Frontier, FrontierPoint, Neighbour
 
-SHOWN_BYTES = 5 * 2**20 + 2**18  # less reads 0.00 GiB
 COLUMNS = 80
 LABEL, SUMMARY = 10, 14  # columns left and right of the timeline
 
 
-def gib(size_bytes: int) -> str:
-    return f"{size_bytes / GIB:.2f}"
+class Scale(NamedTuple):
+    """The unit of a screen's sizes."""
+
+    name: str
+    unit_bytes: int
+    digits: int
+
+    def show(self, size_bytes: int) -> str:
+        return f"{size_bytes / self.unit_bytes:.{self.digits}f}"
+
+    def named(self, size_bytes: int) -> str:
+        return f"{self.show(size_bytes)} {self.name}"
+
+    def reads_zero(self, size_bytes: int) -> bool:
+        return float(self.show(size_bytes)) == 0
+
+
+IN_GIB, IN_MIB = Scale("GiB", GIB, 2), Scale("MiB", MIB, 1)
+
+
+def scale(plan: Plan) -> Scale:
+    """GiB, or MiB where the whole plan is smaller than one of these."""
+    return IN_GIB if plan.prediction.bound_peak_bytes >= GIB else IN_MIB
 
 
 def number(seconds: float) -> str:
@@ -55,6 +75,7 @@ def phases(plan: Plan) -> Table:
         "\nseconds",
     )
     made = table([("\nphase", False), *((heading, True) for heading in headings)])
+    show = scale(plan).show
     for row in plan.prediction.phases:
         sizes = (
             row.weights_resident_bytes,
@@ -67,10 +88,10 @@ def phases(plan: Plan) -> Table:
             row.expected_peak_bytes,
             row.bound_peak_bytes,
         )
-        cells = [gib(size) if size else "-" for size in sizes]
+        cells = [show(size) if size else "-" for size in sizes]
         made.add_row(row.phase, *cells, number(row.seconds))
     total = number(plan.prediction.seconds)
-    peaks = gib(plan.prediction.expected_peak_bytes), gib(plan.prediction.bound_peak_bytes)
+    peaks = show(plan.prediction.expected_peak_bytes), show(plan.prediction.bound_peak_bytes)
     made.add_row("all", *[""] * 7, *peaks, total, style="bold")
     return made
 
@@ -89,7 +110,7 @@ def timeline(plan: Plan, *, blocks: bool) -> Text:
     summaries = (
         f" waits {_short(waits)}" if waits >= 0.005 * sum(seconds) else " never waits",
         f" busy {_short(copying)}" if copying else "",
-        f" of {format_gib(full)}",
+        f" of {scale(plan).named(full)}",
     )
     rows = (
         ("compute", drawn.compute, 1.0, False, "blue"),
@@ -130,25 +151,24 @@ def _phase_name(plan: Plan, name: str) -> str:
 
 def peak(plan: Plan) -> Table:
     """What the device holds at the peak, term by term, each with its error and where it is known from."""
-    prediction = plan.prediction
-    headings = [("alive at the peak", False), ("GiB", True), ("at most +", True)]
+    prediction, unit = plan.prediction, scale(plan)
+    headings = [("alive at the peak", False), (unit.name, True), ("at most +", True)]
     made = table([*headings, ("known from", False)], gap=2)
-    rest = 0
+    small = 0
     for term in prediction.terms:
-        if abs(term.expected_bytes) < SHOWN_BYTES and not term.error_bytes:
-            rest += term.expected_bytes
+        error = "" if unit.reads_zero(term.error_bytes) else unit.show(term.error_bytes)
+        if unit.reads_zero(term.expected_bytes) and not error:
+            small += term.expected_bytes
             continue
-        error = gib(term.error_bytes) if term.error_bytes else ""
         # what follows are details and the sources' own references
         source = re.split("[:;,(]", term.source)[0].strip()
-        made.add_row(term.name, gib(term.expected_bytes), error, source)
-    if abs(rest) >= SHOWN_BYTES:
-        made.add_row("smaller terms together", gib(rest), "", "")
-    error = gib(prediction.bound_peak_bytes - prediction.expected_peak_bytes)
+        made.add_row(term.name, unit.show(term.expected_bytes), error, source)
+    if not unit.reads_zero(small):
+        made.add_row("smaller terms together", unit.show(small), "", "")
     made.add_row(
         f"all, in {prediction.peak_step}",
-        gib(prediction.expected_peak_bytes),
-        error,
+        unit.show(prediction.expected_peak_bytes),
+        unit.show(prediction.bound_peak_bytes - prediction.expected_peak_bytes),
         "",
         style="bold",
     )
@@ -156,24 +176,23 @@ def peak(plan: Plan) -> Table:
 
 
 def moves(plan: Plan) -> Table:
-    """What each move of the plan saves and costs, beside the same plan without that one."""
-    made = table(
-        [("each move, beside the plan without it", False), ("GiB saved", True), ("s paid", True)],
-        gap=2,
-    )
+    """What each move of the plan saves and costs, beside the same plan without that one; those that read 0 are left out."""
+    unit = scale(plan)
+    title = "each move, beside the plan without it"
+    made = table([(title, False), (f"{unit.name} saved", True), ("s paid", True)], gap=2)
     for move in plan.prediction.moves:
-        made.add_row(move.name, _signed(move.saved_bytes / GIB), _signed(move.paid_seconds))
+        free = abs(move.paid_seconds) < 0.005
+        if not free or not unit.reads_zero(move.saved_bytes):
+            saved = "0" if unit.reads_zero(move.saved_bytes) else unit.show(move.saved_bytes)
+            made.add_row(move.name, saved, "0" if free else number(move.paid_seconds))
     return made
-
-
-def _signed(value: float) -> str:
-    return "0" if abs(value) < 0.005 else number(value)
 
 
 def others(plan: Plan, cheaper: Neighbour | None, faster: Neighbour | None) -> Table:
     """The same request otherwise: the neighbouring budgets, the ideas off, the usual way."""
-    budget, prediction = plan.device.budget_bytes, plan.prediction
-    headings = [("the same request, other ways", False), ("needs GiB", True), ("seconds", True)]
+    budget, prediction, unit = plan.device.budget_bytes, plan.prediction, scale(plan)
+    headings = [("the same request, other ways", False), (f"needs {unit.name}", True)]
+    headings.append(("seconds", True))
     made = table(headings if budget is None else [*headings, ("fits", False)], gap=2)
     rows = [("this plan", prediction.bound_peak_bytes, prediction.seconds, "yes")]
     for name, point in (("next cheaper budget", cheaper), ("next faster budget", faster)):
@@ -185,7 +204,7 @@ def others(plan: Plan, cheaper: Neighbour | None, faster: Neighbour | None) -> T
         same = variant.note == "as in this plan"
         rows.append((variant.name, variant.bound_bytes, variant.seconds, "same" if same else fits))
     for name, size, seconds, fits in rows:
-        made.add_row(name, gib(size), number(seconds), *([] if budget is None else [fits]))
+        made.add_row(name, unit.show(size), number(seconds), *([] if budget is None else [fits]))
     return made
 
 
@@ -200,7 +219,11 @@ def sweep(found: Frontier) -> Table:
         style = "" if point.budget_bytes <= found.usable_bytes else "dim"
         seconds = [number(row.seconds) for row in point.phases if row.phase != "load"]
         made.add_row(
-            gib(point.budget_bytes), number(point.seconds), *seconds, _in_words(point), style=style
+            IN_GIB.show(point.budget_bytes),
+            number(point.seconds),
+            *seconds,
+            _in_words(point),
+            style=style,
         )
     return made
 

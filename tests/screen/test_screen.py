@@ -14,7 +14,7 @@ from rich.console import Console
 from planner import report
 from planner.plan import Plan
 from planner.report import typed_budget
-from planner.units import GIB
+from planner.units import GIB, MIB
 
 SECTIONS = (
     "phases, in GiB",
@@ -105,6 +105,34 @@ def test_the_terms_shown_add_up_to_the_peak(kit: Any) -> None:
     assert sum(terms) == pytest.approx(total, abs=0.005 * len(terms) + 0.006)
 
 
+def test_a_plan_below_a_gib_is_shown_in_mib(kit: Any) -> None:
+    plan = kit.plan("3b", None, "cpu", ("64x64",), 2)
+    least = kit.plan("3b", f"{plan.prediction.smallest_budget_bytes}B", "cpu", ("64x64",), 2)
+    text = text_of(least)
+    assert "phases, in MiB" in text
+    assert "MiB saved" in text
+    bound = f"{least.prediction.bound_peak_bytes / MIB:.1f}"
+    assert row_of(text[: text.index("timeline")], "all ")[-2] == bound
+    assert f"{bound} MiB at most" in text
+    assert " GiB" not in text
+    assert "phases, in GiB" in text_of(plan)
+
+
+def test_a_long_command_is_broken_as_a_shell_takes_it(run: Any) -> None:
+    out = run("--vram", "8GB", *["--image", "640x480"] * 7).out
+    command = out[out.index("  execute") : out.index("  (first save")]
+    assert command.count(" \\\n") >= 1
+    assert shlex.split(command.replace("\\\n", "")) == [
+        "execute",
+        "plan.json",
+        "--model",
+        "DIR",
+        *["--image", "FILE"] * 7,
+        "--prompt",
+        "TEXT",
+    ]
+
+
 def test_a_terminal_gets_blocks_and_a_pipe_does_not(kit: Any) -> None:
     plan = kit.plan("7b", "8GB")
     assert "\u2588" in text_of(plan)
@@ -150,7 +178,7 @@ def test_a_plan_that_was_saved_is_run_by_its_name(run: Any, tmp_path: Path) -> N
     path = tmp_path / "a plan.json"
     words = ["--device", "cpu", "--model", "3b", "--image", "64x64", "--out", str(path)]
     outcome = run(*words)
-    joined = "".join(outcome.out.split())
+    joined = "".join(outcome.out.replace("\\\n", "").split())
     assert "".join(f"execute {shlex.quote(str(path))} --model DIR".split()) in joined
     assert "first save the plan" not in outcome.out
 

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+from typing import Any
+
 from planner import plots
 from planner.profile import load_profile
 from planner.sizes import by_pixels
 from planner.spec import resolve_model
 from planner.units import GIB
+
+
+def drawn(line: Any) -> list[tuple[float, float]]:
+    return list(zip(line.get_xdata(), line.get_ydata(), strict=True))
 
 
 def test_the_usual_way_grows_with_the_image_and_the_plan_stays_within_the_budget() -> None:
@@ -19,7 +25,7 @@ def test_the_usual_way_grows_with_the_image_and_the_plan_stays_within_the_budget
     left, right = plots.by_pixels(points).axes
     assert (left.get_xlabel(), right.get_ylabel()) == ("megapixels", "seconds")
     usual, plan, least, budget = left.lines
-    assert list(usual.get_ydata())[1] == large.usual.bound_peak_bytes / GIB  # type: ignore[index,arg-type]
-    assert list(plan.get_xdata())[1] == large.megapixels  # type: ignore[index,arg-type]
-    assert list(least.get_ydata())[0] == small.planned.smallest_budget_bytes / GIB  # type: ignore[index,arg-type]
-    assert list(budget.get_ydata())[0] == 16 * 10**9 / GIB  # type: ignore[index,arg-type]
+    assert drawn(usual)[1] == (large.megapixels, large.usual.bound_peak_bytes / GIB)
+    assert drawn(plan)[1] == (large.megapixels, large.planned.bound_peak_bytes / GIB)
+    assert drawn(least)[0] == (small.megapixels, small.planned.smallest_budget_bytes / GIB)
+    assert drawn(budget)[0][1] == 16 * 10**9 / GIB
