@@ -61,6 +61,8 @@ def _main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     if options.make_random_checkpoint:
         return _make_checkpoint(*options.make_random_checkpoint, quiet=options.quiet)
+    if options.probe:
+        return _probe(options)
     _check_options(options)
     checkpoint = _checkpoint(options)
     plan = Plan.load(options.plan) if options.plan else _plan_on_the_spot(options)
@@ -131,6 +133,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--quiet", action="store_true", help="only the answer and errors")
     add("--download", action="store_true", help="fetch --model from the hub first")
     add(
+        "--probe",
+        action="store_true",
+        help="measure this machine (some two minutes, up to 1 GB) and write a device profile for plan --device FILE; "
+        "the disk is that of --model DIR where it is given",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="with --probe: write the profile here (default: stdout)",
+    )
+    add(
         "--make-random-checkpoint",
         nargs=2,
         metavar=("SPEC", "DIR"),
@@ -147,6 +161,8 @@ def _whole(text: str) -> int:
 
 
 def _check_options(options: argparse.Namespace) -> None:
+    if options.out:
+        raise InputError("--out belongs to --probe; for the record of a run give --record")
     if options.plan and options.vram:
         raise InputError("a plan file and --vram were given; give one of them")
     if not options.plan and not options.vram:
@@ -158,16 +174,15 @@ def _check_options(options: argparse.Namespace) -> None:
     for path in options.image:
         if not path.is_file():
             raise InputError(f"--image {path}: no such file")
-    for name in ("record", "save_outputs"):
-        path = getattr(options, name)
-        if path is not None and not path.parent.is_dir():
-            option = "--" + name.replace("_", "-")
-            raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
-        if path is not None and path.exists() and not path.is_file():
-            option = "--" + name.replace("_", "-")
-            raise InputError(
-                f"{option} {path}: wanted the name of a file, found a folder or a device"
-            )
+    _check_target("--record", options.record)
+    _check_target("--save-outputs", options.save_outputs)
+
+
+def _check_target(option: str, path: Path | None) -> None:
+    if path is not None and not path.parent.is_dir():
+        raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
+    if path is not None and path.exists() and not path.is_file():
+        raise InputError(f"{option} {path}: wanted the name of a file, found a folder or a device")
 
 
 def _checkpoint(options: argparse.Namespace) -> Checkpoint:
@@ -327,6 +342,30 @@ def _write(text: str) -> None:
         # what is left over would make Python complain once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise RunFailed(f"stdout: cannot be written: {error.strerror}") from None
+
+
+def _probe(options: argparse.Namespace) -> int:
+    """Measure this machine; nothing else is asked for at the same time."""
+    given = ("plan", "vram", "prompt", "record", "save_outputs", "check", "download")
+    others = [name for name in given if getattr(options, name)]
+    if others or options.image:
+        raise InputError(
+            "--probe measures the machine and runs nothing: give only --out, --device and --model beside it"
+        )
+    _check_target("--out", options.out)
+    if options.out is not None and options.out.suffix.lower() != ".json":
+        raise InputError(
+            f"--out {options.out}: wanted a name ending in .json, as plan --device takes it"
+        )
+    folder = Path(options.model) if options.model else None
+    if folder is not None and not folder.is_dir():
+        raise InputError(
+            f"--model {options.model}: no such folder; wanted one on the disk to measure"
+        )
+    from executor.probe import run_probe
+
+    run_probe(options.out, device=options.device, folder=folder, quiet=options.quiet)
+    return 0
 
 
 def _make_checkpoint(spec: str, directory: str, *, quiet: bool) -> int:

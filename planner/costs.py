@@ -1,6 +1,7 @@
-"""Seconds of steps and copies on a device, by the roofline: max(FLOPs / rate(rows), bytes / bandwidth) + launches.
+"""Seconds of steps and copies on a device: from tables of measured kernels where its profile has them, else by the roofline.
 
-A multiply-add counts 2 FLOPs. `rate(rows)` comes from the profile: small tiles run slower.
+Roofline: max(FLOPs / rate(rows), bytes / bandwidth) + launches. A multiply-add counts 2 FLOPs. `rate(rows)` comes from
+the profile: small tiles run slower. Tables: planner.calls.
 FLOP counts: model-card arithmetic of Qwen2.5-VL's modules; attention in windows is 4 D len^2 per window, full
 4 D P^2, causal prefill 2 S^2 H d.
 """
@@ -10,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
+from planner.calls import Calls
 from planner.plan import DTYPE_BYTES, Image, Kind, ModelShape, Tiles, spans, window_tiles
 from planner.profile import DeviceProfile
+from planner.template import unit_sizes
 
 # passes over a tile's rows that elementwise kernels make, in elements read or written (norm: upcast, square, scale,
 # downcast, weight; rope: upcast, multiply, two halves, downcast; residual adds and copies)
@@ -19,9 +22,8 @@ NORM_PASSES = 10
 ROPE_PASSES = 14
 RESIDUAL_PASSES = 6
 GATE_PASSES = 5
-PIXEL_VALUES_PER_S = (
-    30e6  # patch values that the host cuts out and normalises; one core, measured 2026-11-22
-)
+# patch values that the host cuts out and normalises, where nobody measured: a third of what two cores of a server do
+PIXEL_VALUES_PER_S = 70e6
 
 
 class Costs:
@@ -31,6 +33,13 @@ class Costs:
         self.model, self.profile = model, profile
         self.element = DTYPE_BYTES[model.dtype]
         self._matmul = lru_cache(maxsize=4096)(self._matmul_tile)
+        sizes = unit_sizes(model, model.text.vocabulary)
+        # on the CPU files stay in the page cache, also from one run to the next, where they fit in memory beside the arena
+        self.warm = profile.kind == "cpu" and 2 * sum(sizes.values()) <= profile.usable_bytes
+        self._calls = None
+        if profile.measured:
+            token = sum(size for unit, size in sizes.items() if unit.startswith("text/"))
+            self._calls = Calls(profile.measured, model, token)
 
     def _matmul_tile(self, rows: int, fan_in: int, fan_out: int) -> float:
         flops = 2 * rows * fan_in * fan_out
@@ -64,6 +73,8 @@ class Costs:
 
     def vision(self, kind: Kind, tiles: Tiles, images: Sequence[Image]) -> float:
         """Seconds of one vision step over `images`."""
+        if self._calls:
+            return self._calls.vision(kind, tiles, images)
         shape = self.model.vision
         width = shape.hidden
         rows = sum(image.patches for image in images)
@@ -114,6 +125,8 @@ class Costs:
 
     def text(self, kind: Kind, tile: int, rows: int, context: int) -> float:
         """Seconds of one language-model step over `rows` rows that see `context` keys at their end."""
+        if self._calls:
+            return self._calls.text(kind, tile, rows, context)
         text = self.model.text
         width = text.hidden
         heads, groups = text.heads * text.head_dim, text.kv_heads * text.head_dim
@@ -134,6 +147,8 @@ class Costs:
 
     def small(self, kind: Kind, head_rows: int) -> float:
         """Seconds of a step on one row: embedding rows, final norm, a row tile of lm_head, sampling."""
+        if self._calls:
+            return self._calls.small(kind, head_rows)
         text = self.model.text
         if kind == "lm_head":
             return self._matmul(1, text.hidden, head_rows)
@@ -141,16 +156,30 @@ class Costs:
             return self.elementwise(text.vocabulary, GATE_PASSES, 1) + 2 * self.profile.launch_s
         return self.elementwise(text.hidden, NORM_PASSES, 1)
 
-    def copy(self, size_bytes: int, *, first: bool, cached: bool) -> float:
-        """Seconds of bringing `size_bytes` of weights: `first` from disk; again from host memory where the file stays `cached`."""
-        profile = self.profile
-        source = (
-            profile.page_cache_bytes_per_s if cached and not first else profile.disk_bytes_per_s
-        )
-        return size_bytes / min(source, profile.host_to_device_bytes_per_s)
+    def copy(self, size_bytes: int, *, first: bool, cached: bool, fresh: bool = False) -> float:
+        """Seconds of bringing `size_bytes` of weights: `first` from disk; again from host memory where the file stays `cached`.
 
-    def stolen(self, size_bytes: int) -> float:
+        `fresh`: into pages of the arena that nothing has touched yet, which the system must clear first.
+        """
+        profile, measured = self.profile, self.profile.measured
+        kept = self.warm or (cached and not first)
+        source = profile.page_cache_bytes_per_s if kept else profile.disk_bytes_per_s
+        seconds = size_bytes / min(source, profile.host_to_device_bytes_per_s)
+        if measured:
+            seconds += measured.copy_s + (self.touch(size_bytes) if fresh else 0.0)
+        return seconds
+
+    def touch(self, size_bytes: int) -> float:
+        """Seconds that the system takes to clear new pages; nothing on a card."""
+        measured = self.profile.measured
+        rate = measured.first_touch_bytes_per_s if measured else 0
+        return size_bytes / rate if rate else 0.0
+
+    def stolen(self, size_bytes: int, *, fresh: bool = False) -> float:
         """Seconds that a copy takes from the steps beside it: on the CPU it is a core's work, on a card nothing."""
         if self.profile.kind != "cpu":
             return 0.0
-        return size_bytes / self.profile.page_cache_bytes_per_s
+        work = size_bytes / self.profile.page_cache_bytes_per_s
+        if fresh:
+            work += self.touch(size_bytes)
+        return work * (self.profile.measured.stolen_share if self.profile.measured else 1.0)

@@ -259,9 +259,9 @@ class _Weights:
         self.found: list[tuple[Job, int, bool]] = []
         self.once = False
 
-    def _job(self, need: int, after: int, size: int, again: bool) -> Job:
-        seconds = self.costs.copy(size, first=not again, cached=self.cached)
-        return Job(need, after, seconds, self.costs.stolen(size))
+    def _job(self, need: int, after: int, size: int, again: bool, fresh: bool) -> Job:
+        seconds = self.costs.copy(size, first=not again, cached=self.cached, fresh=fresh)
+        return Job(need, after, seconds, self.costs.stolen(size, fresh=fresh))
 
     def own(
         self, need: int, after: int, unit: int, death: int, *, again: bool, brought: bool = False
@@ -270,7 +270,7 @@ class _Weights:
         self.change[after + 1] += size
         self.change[death] -= size
         if not brought:
-            job = self._job(need, after, size, again)
+            job = self._job(need, after, size, again, True)
             self.found.append((job._replace(once=again), size, True))
 
     def streamed(
@@ -282,9 +282,13 @@ class _Weights:
             slots[slot] = max(slots[slot], self.steps.units[need])
         if looped:
             self.change[0] += sum(slots)
+        touched: set[int] = set()
         for need, (slot, start, wraps) in zip(needs, found, strict=True):
             size, after = self.steps.units[need], -1 if start is None else start
-            job = self._job(need, after, size, need >= again_from)
+            # a slot's pages are new to its first unit; in a loop that is one of many
+            fresh = not looped and slot not in touched
+            touched.add(slot)
+            job = self._job(need, after, size, need >= again_from, fresh)
             self.found.append((job._replace(wraps=wraps), size, False))
             if not looped:
                 self.change[after + 1] += slots[slot]

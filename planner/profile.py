@@ -21,6 +21,12 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_v
 
 from planner.errors import InputError
 from planner.plan import DTYPE_BYTES, Frozen
+from planner.rates import PASSES as PASSES
+from planner.rates import Curve as Curve
+from planner.rates import Grid as Grid
+from planner.rates import HeadDim as HeadDim
+from planner.rates import Kernels as Kernels
+from planner.rates import Measured as Measured
 
 Points = tuple[tuple[PositiveInt, PositiveInt], ...]  # (rows, FLOP/s), rows ascending
 
@@ -67,6 +73,7 @@ class DeviceProfile(Frozen):
     matmul_flops_per_s: Rates
     attention_flops_per_s: Rates
     launch_s: PositiveFloat  # one kernel's call from Python
+    measured: Measured | None = None  # tables of `execute --probe`; they replace the four above
     start_s: PositiveFloat  # from process start until the first weight is read
 
     host_to_device_bytes_per_s: PositiveInt  # pinned; on a CPU: page cache into the arena
@@ -114,6 +121,7 @@ class DeviceProfile(Frozen):
 _COVERED = {
     *("threads", "amx"),
     *("id", "name", "kind", "compute_capability", "bf16", "note", "allocator", "sources"),
+    "measured",
     *("context_error_bytes", "context_block_bytes", "tokenizer_bytes_per_token"),
 }
 FIGURES = tuple(name for name in DeviceProfile.model_fields if name not in _COVERED)

@@ -87,8 +87,11 @@ def foreign(source: str) -> set[str]:
 def test_the_executor_has_only_plan_units_and_errors_of_the_planner() -> None:
     files = sorted((ROOT / "executor").rglob("*.py"))
     assert len(files) > 10
+    may_more = {"probe.py": {"planner.profile"}, "probe_kernels.py": {"planner.profile"}}
     broken = {
-        str(f): found for f in files if f.name != "cli.py" and (found := foreign(f.read_text()))
+        str(f): found
+        for f in files
+        if f.name != "cli.py" and (found := foreign(f.read_text()) - may_more.get(f.name, set()))
     }
     assert broken == {}
 

@@ -1,0 +1,611 @@
+"""Measure this machine and write it down as a device profile that `plan --device FILE` accepts.
+
+    kernels (probe_kernels) · memory: copies, first touch, page cache, disk · a tiny model's run: start-up, context, steps
+
+Where a figure cannot be measured it keeps what the profile that comes with the package says, and its source says so.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from executor import memory
+from executor.image import PixelSource
+from executor.probe_kernels import FULL, SHORT, Bench, Busy, kernels, sampling
+from executor.record import Record
+from planner.errors import InputError, RunFailed
+from planner.plan import Image, Kernel, Plan, WindowRun, write_text
+from planner.profile import DeviceProfile, Kernels, Measured, dumps, load_profile
+from planner.units import GIB, MIB
+
+READ_BYTES = 64 * MIB  # executor.weights reads in such pieces
+TELLS_DISTURBED = 0.1  # of the cores, taken by others: then the figures are worth little
+PLAN = "import sys; sys.path[0] = sys.argv.pop(1); from planner.cli import main; sys.exit(main())"
+EXECUTE = (
+    "import sys; sys.path[0] = sys.argv.pop(1); from executor.cli import main; sys.exit(main())"
+)
+
+Say = Callable[[str], None]
+
+
+class Rates(NamedTuple):
+    """Bytes per second of memory and files; 0 or None where nothing could be measured."""
+
+    host_to_device: int
+    pageable: int | None  # a card: from memory that is not pinned
+    page_cache: int
+    disk: int | None
+    first_touch: int
+    stolen_share: float
+
+
+class Tiny(NamedTuple):
+    """What a tiny model's run told."""
+
+    start_s: float
+    context_bytes: int | None
+    step_s: float
+    copy_s: float
+
+
+def probe(
+    *,
+    device: Literal["cpu", "cuda"] = "cpu",
+    short: bool = False,
+    folder: Path | None = None,
+    on_progress: Say = lambda what: None,
+) -> DeviceProfile:
+    """The profile of this machine. `folder` lies on the disk that checkpoints are read from; `short` takes seconds and is for tests."""
+    sizes = SHORT if short else FULL
+    base = _base(device)
+    memory.fix_malloc_thresholds()
+    busy = Busy()
+    where = torch.device(device)
+    synchronize = torch.cuda.synchronize if device == "cuda" else _nothing
+    with torch.inference_mode():
+        buffer, keep = _buffer(sizes.buffer_bytes, where)
+        bench = Bench(buffer, sizes, _kernel(base), synchronize, on_progress)
+        half = kernels(bench, torch.bfloat16 if base.bf16 else torch.float16)
+        whole = kernels(bench, torch.float32)
+        on_progress("memory and files")
+        rates = _rates(bench, folder, 8 * MIB if short else 256 * MIB)
+        drawn = sampling((640, 4096) if short else (640, 4096, 151_936), sizes.seconds)
+        pixels = _pixel_values_per_s(112 if short else 448)
+        del bench, buffer, keep
+    measured = Measured(
+        bits16=half,
+        float32=whole,
+        pixel_values_per_s=pixels,
+        sample=drawn,
+        step_s=20e-6,
+        copy_s=50e-6,
+        first_touch_bytes_per_s=rates.first_touch,
+        stolen_share=rates.stolen_share,
+    )
+    found = _profile(base, measured, rates, device)
+    if device == "cpu":
+        on_progress("a tiny model's run")
+        found = _with_tiny(found, _tiny(found, repeats=1 if short else 3))
+    others = busy.share_of_others()
+    if others is not None and others > TELLS_DISTURBED:
+        note = f"{found.note}; other processes took {others:.0%} of the cores meanwhile: measure again on a quiet machine"
+        found = found.model_copy(update={"note": note})
+    return DeviceProfile.model_validate(found.model_dump())
+
+
+def run_probe(
+    out: Path | None,
+    *,
+    device: str | None = None,
+    folder: Path | None = None,
+    short: bool = False,
+    quiet: bool = False,
+) -> DeviceProfile:
+    """Measure, then write the profile to `out` or stdout, with a summary on stderr."""
+    from rich.console import Console
+
+    console = Console(stderr=True, quiet=quiet, highlight=False)
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen == "cuda" and not torch.cuda.is_available():
+        raise RunFailed("--probe --device cuda: this torch sees no card; probe with --device cpu")
+    begun = time.perf_counter()
+    with console.status("probing") as status:
+        profile = probe(
+            device="cuda" if chosen == "cuda" else "cpu",
+            short=short,
+            folder=folder or (out.parent if out else None),
+            on_progress=lambda what: status.update(f"probing: {what}"),
+        )
+    text = dumps(profile)
+    if out is None:
+        sys.stdout.write(text)
+    else:
+        write_text(out, text)
+    console.print(summary(profile))
+    console.print(
+        f"{time.perf_counter() - begun:.0f} s"
+        + (
+            f"; plan with: plan --device {out}"
+            if out
+            else "; keep it with: execute --probe --out FILE"
+        )
+    )
+    return profile
+
+
+def summary(profile: DeviceProfile) -> Any:
+    """A table of the figures that people ask for first."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=profile.name, box=box.SIMPLE_HEAD, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    rows = (
+        ("memory read by one-row products", f"{profile.bandwidth_bytes_per_s / 1e9:.1f} GB/s"),
+        *(
+            (f"products of {count} rows, {name}", f"{rate / 1e12:.2f} TFLOP/s")
+            for name, points in (
+                ("16 bits", profile.matmul_flops_per_s.bits16),
+                ("float32", profile.matmul_flops_per_s.float32),
+            )
+            for count, rate in (points[0], points[-1])
+        ),
+        *(
+            (f"attention of {count} rows, {name}", f"{rate / 1e12:.2f} TFLOP/s")
+            for name, points in (
+                ("16 bits", profile.attention_flops_per_s.bits16),
+                ("float32", profile.attention_flops_per_s.float32),
+            )
+            for count, rate in (points[0], points[-1])
+        ),
+        ("smallest call", f"{profile.launch_s * 1e6:.1f} us"),
+        ("copies to the device", f"{profile.host_to_device_bytes_per_s / 1e9:.1f} GB/s"),
+        ("page cache", f"{profile.page_cache_bytes_per_s / 1e9:.1f} GB/s"),
+        ("disk, cold", f"{profile.disk_bytes_per_s / 1e9:.2f} GB/s"),
+        ("start-up", f"{profile.start_s:.2f} s"),
+        ("context", f"{profile.context_bytes / MIB:.0f} MiB"),
+    )
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+# --- memory and files ---------------------------------------------------------------------------------------------
+
+
+def _nothing() -> None:
+    pass
+
+
+def _buffer(size_bytes: int, device: torch.device) -> tuple[Tensor, object]:
+    """Memory as the arena's: on the CPU private pages of the ordinary size."""
+    if device.type == "cuda":
+        return torch.empty(size_bytes, dtype=torch.uint8, device=device), None
+    available = memory.available_bytes()
+    if available is not None and available < size_bytes + GIB // 2:
+        raise RunFailed(
+            f"--probe: wanted {(size_bytes + GIB // 2) / GIB:.1f} GiB of free memory, "
+            f"the system has {available / GIB:.1f}; close other programs"
+        )
+    mapping = _pages(size_bytes)
+    return torch.frombuffer(mapping, dtype=torch.uint8), mapping
+
+
+def _pages(size_bytes: int) -> mmap.mmap:
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, size_bytes)
+    mapping = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with suppress(OSError):
+            mapping.madvise(mmap.MADV_NOHUGEPAGE)
+    return mapping
+
+
+def _rates(bench: Bench, folder: Path | None, size_bytes: int) -> Rates:
+    """Copies, page cache, disk, new pages."""
+    size_bytes = min(size_bytes, bench.memory.numel())
+    pageable = None
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-") as file:
+        piece = os.urandom(MIB)
+        for _ in range(size_bytes // MIB):
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+        host = bench.memory[:size_bytes]
+        if bench.device.type == "cuda":
+            host = torch.empty(size_bytes, dtype=torch.uint8)
+        disk = _cold(file.fileno(), host)
+        page_cache = _best(lambda: _read(file.fileno(), host), size_bytes, 5)
+        to_device = page_cache
+        stolen = _stolen_share(bench, file.fileno(), host, page_cache)
+        if bench.device.type == "cuda":
+            pageable = _transfer(bench, host)
+            to_device = _transfer(bench, host.pin_memory())
+    touch = 0 if bench.device.type == "cuda" else _first_touch(size_bytes)
+    return Rates(to_device, pageable, page_cache, disk, touch, stolen)
+
+
+def _read(handle: int, target: Tensor) -> None:
+    view = memoryview(target.numpy())  # type: ignore[arg-type]
+    for start in range(0, len(view), READ_BYTES):
+        wanted = view[start : start + READ_BYTES]
+        if hasattr(os, "preadv"):
+            os.preadv(handle, [wanted], start)
+        else:
+            os.lseek(handle, start, os.SEEK_SET)
+            wanted[:] = os.read(handle, len(wanted))
+
+
+def _best(call: Callable[[], object], size_bytes: int, repeats: int) -> int:
+    """Bytes per second, the median of some repeats."""
+    found = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start)
+    return max(1, round(size_bytes / statistics.median(found)))
+
+
+def _cold(handle: int, target: Tensor) -> int | None:
+    """Bytes per second of a file that is not in the page cache; None where it cannot be put out of it."""
+    if not hasattr(os, "posix_fadvise"):
+        return None
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    return _best(lambda: _read(handle, target), target.numel(), 1)
+
+
+def _transfer(bench: Bench, host: Tensor) -> int:
+    """Bytes per second of one large copy to the card."""
+    target = bench.memory[: host.numel()]
+
+    def call() -> None:
+        target.copy_(host, non_blocking=True)
+        bench.synchronize()
+
+    call()
+    return _best(call, host.numel(), 5)
+
+
+def _first_touch(size_bytes: int) -> int:
+    """Bytes per second of writing to new pages, beyond the writing itself."""
+    times = []
+    for _ in range(5):
+        mapping = _pages(size_bytes)
+        fresh = torch.frombuffer(mapping, dtype=torch.uint8)
+        # one thread, as the reader is
+        laps = []
+        for _ in range(2):
+            start = time.perf_counter()
+            fresh[::4096] = 1
+            laps.append(time.perf_counter() - start)
+        times.append(max(laps[0] - laps[1], 1e-9))
+        del fresh
+        mapping.close()
+    return round(size_bytes / statistics.median(times))
+
+
+def _stolen_share(bench: Bench, handle: int, target: Tensor, rate: int) -> float:
+    """Of the seconds that a reader takes, how many the products beside it lose; 0 on a card."""
+    if bench.device.type != "cpu":
+        return 0.0
+    width = 256 if bench.sizes is SHORT else 1280
+    x = torch.empty(1024, width, dtype=torch.bfloat16).normal_(0, 0.05)
+    weight, out = torch.empty(width, width, dtype=torch.bfloat16).normal_(0, 0.05), x.clone()
+    count = 20 if bench.sizes is SHORT else 400
+
+    def work() -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            torch.mm(x, weight.t(), out=out)
+        return time.perf_counter() - start
+
+    work()
+    shares = []
+    for _ in range(1 if bench.sizes is SHORT else 3):
+        alone = work()
+        moved, stop = [0], threading.Event()
+
+        def read(moved: list[int] = moved, stop: threading.Event = stop) -> None:
+            view = memoryview(target.numpy())  # type: ignore[arg-type]
+            while not stop.is_set():
+                for start in range(0, len(view), READ_BYTES):
+                    if stop.is_set():
+                        return
+                    moved[0] += os.preadv(handle, [view[start : start + READ_BYTES]], start)
+
+        if not hasattr(os, "preadv"):
+            return 1.0
+        reader = threading.Thread(target=read)
+        reader.start()
+        beside = work()
+        stop.set()
+        reader.join()
+        if moved[0]:
+            shares.append((beside - alone) / (moved[0] / rate))
+    return min(2.0, max(0.0, round(statistics.median(shares), 3))) if shares else 1.0
+
+
+def _pixel_values_per_s(side_px: int) -> int:
+    """Patch values a second that the host cuts out of an image and normalises."""
+    import numpy as np
+
+    patches = (side_px // 14) ** 2
+    image = Image(
+        name="probe",
+        source_width_px=side_px,
+        source_height_px=side_px,
+        width_px=side_px,
+        height_px=side_px,
+        rows=side_px // 14,
+        cols=side_px // 14,
+        windows=(WindowRun(count=patches // 64, rows=64),),
+    )
+    source = PixelSource(np.full((side_px, side_px, 3), 100, dtype=np.uint8), image)
+    out = torch.empty(patches, source.patch_values, dtype=torch.bfloat16)
+    source.rows(0, patches, out)
+    return _best(lambda: source.rows(0, patches, out), out.numel(), 5)
+
+
+# --- a tiny model -------------------------------------------------------------------------------------------------
+
+
+def _tiny(profile: DeviceProfile, *, repeats: int) -> Tiny:
+    """Start-up, context and what steps and copies cost beside their kernels, from a tiny model planned with this profile and run."""
+    from executor.make_checkpoint import make_random_checkpoint
+
+    root = str(Path(__file__).resolve().parent.parent)  # the packages lie side by side
+    with tempfile.TemporaryDirectory(prefix="probe-") as name:
+        folder = Path(name)
+        make_random_checkpoint("tiny", folder / "tiny")
+        write_text(folder / "profile.json", dumps(profile))
+        from PIL import Image as Pillow
+
+        Pillow.new("RGB", (112, 112), (90, 120, 150)).save(folder / "image.png")
+        what = ["--model", str(folder / "tiny"), "--image", str(folder / "image.png")]
+        what += ["--prompt", "probe"]
+        device = ["--device", str(folder / "profile.json"), "--max-new-tokens", "16"]
+        _call(PLAN, root, [*what, *device, "--out", str(folder / "plan.json"), "--json"])
+        plan = Plan.load(folder / "plan.json")
+        records = []
+        for _ in range(repeats + 1):
+            run = [str(folder / "plan.json"), *what, "--record", str(folder / "record.json")]
+            _call(EXECUTE, root, [*run, "--quiet"])
+            records.append(Record.load(folder / "record.json"))
+    records = records[1:]  # the first finds files that are not in memory yet
+    tokens = max(record.new_tokens for record in records)
+    starts = [
+        phase.seconds for record in records for phase in record.phases if phase.phase == "load"
+    ]
+    contexts = [r.context_bytes for r in records if r.context_bytes is not None]
+    context = None
+    if contexts:
+        # what the model adds is in the plan already
+        context = (
+            profile.context_bytes + round(statistics.median(contexts)) - plan.device.context_bytes
+        )
+    # a step with next to no kernel, and the time between steps
+    norms = [
+        step.seconds / step.count
+        for record in records
+        for step in record.steps
+        if step.id.startswith("decode/norm")
+    ]
+    between = [
+        (
+            phase.seconds
+            - phase.waited_seconds
+            - sum(s.seconds for s in record.steps if s.phase == "decode")
+        )
+        / max(1, sum(s.count for s in record.steps if s.phase == "decode"))
+        for record in records
+        for phase in record.phases
+        if phase.phase == "decode" and tokens > 1
+    ]
+    kernel = profile.measured.float32.passes["norm"][0][1] if profile.measured else 0.0
+    step = 20e-6
+    if norms and between:
+        step = max(5e-6, statistics.median(norms) - kernel + statistics.median(between))
+    copies = [c.seconds / c.count for record in records for c in record.copies if c.count]
+    return Tiny(statistics.median(starts), context, step, statistics.median(copies))
+
+
+def _call(program: str, root: str, arguments: Sequence[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", program, root, *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )
+    if done.returncode not in (0, 4):
+        lines = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise RunFailed(f"--probe: a tiny model's run ended with {done.returncode}: {lines[-1]}")
+
+
+# --- the profile --------------------------------------------------------------------------------------------------
+
+
+def _base(device: str) -> DeviceProfile:
+    """The profile that this machine's figures go into."""
+    if device == "cpu":
+        return load_profile("cpu")
+    name = torch.cuda.get_device_name()
+    memory_gb = round(torch.cuda.get_device_properties(0).total_memory / 2**30)
+    for wanted in (f"{name} {memory_gb}GB", name):
+        with suppress(InputError):
+            return load_profile(wanted)
+    major, minor = torch.cuda.get_device_capability()
+    like = {7: "t4-16gb", 9: "h100-pcie-80gb", 8: "rtx-4090-24gb"}.get(major, "rtx-5080-16gb")
+    return load_profile(like).model_copy(
+        update={"name": name, "compute_capability": f"{major}.{minor}"}
+    )
+
+
+def _kernel(base: DeviceProfile) -> Kernel:
+    if base.kind == "cpu":
+        return "cpu_flash"
+    return "flash" if float(base.compute_capability or 0) >= 8 else "efficient"
+
+
+def _with_tiny(profile: DeviceProfile, tiny: Tiny) -> DeviceProfile:
+    assert profile.measured is not None
+    measured = profile.measured.model_copy(update={"step_s": tiny.step_s, "copy_s": tiny.copy_s})
+    changes: dict[str, Any] = {"measured": measured, "start_s": round(tiny.start_s, 3)}
+    sources = {**profile.sources, "start_s": f"{_measured_by()}: a tiny model's load phase"}
+    if tiny.context_bytes is not None:
+        changes["context_bytes"] = tiny.context_bytes
+        sources["context_bytes"] = (
+            f"{_measured_by()}: a tiny model's, less what its plan counts beside this figure"
+        )
+    return profile.model_copy(update={**changes, "sources": sources})
+
+
+def _profile(base: DeviceProfile, measured: Measured, rates: Rates, device: str) -> DeviceProfile:
+    """The base with everything measured put in, and the roofline's figures read off the tables."""
+    said = _measured_by()
+    half, whole = measured.bits16, measured.float32
+    changes: dict[str, Any] = {
+        "id": re.sub(r"-probed$", "", base.id) + "-probed",
+        "name": _processor() if device == "cpu" else base.name,
+        "note": f"{_processor()}, {torch.get_num_threads()} threads"
+        if device == "cpu"
+        else base.note,
+        "measured": measured,
+        "matmul_flops_per_s": {"bits16": _products(half), "float32": _products(whole)},
+        "attention_flops_per_s": {"bits16": _attention(half), "float32": _attention(whole)},
+        "bandwidth_bytes_per_s": _bandwidth(half),
+        "launch_s": min(half.passes["add"][0][1], whole.passes["add"][0][1]),
+        "host_to_device_bytes_per_s": rates.host_to_device,
+        "page_cache_bytes_per_s": rates.page_cache,
+    }
+    sources = dict(base.sources)
+    sources |= {
+        "bandwidth_bytes_per_s": f"{said}: 16-bit weights of one-row products, far apart",
+        "matmul_flops_per_s": f"{said}: the largest weights; all of them in `measured`",
+        "attention_flops_per_s": f"{said}: no mask, the largest heads and most keys; all of them in `measured`",
+        "launch_s": f"{said}: the smallest addition",
+        "page_cache_bytes_per_s": f"{said}: preadv in pieces of 64 MiB, one reader, the file in memory. "
+        "On a CPU weights count as in the page cache where twice their bytes fit in usable_bytes",
+        "host_to_device_bytes_per_s": f"{said}: as page_cache_bytes_per_s"
+        if device == "cpu"
+        else f"{said}: pinned; {(rates.pageable or 0) / 1e9:.1f} GB/s where it is not pinned",
+        "measured": f"{said}: median of repeated calls of the executor's own functions",
+    }
+    if rates.disk is not None:
+        changes["disk_bytes_per_s"] = rates.disk
+        sources["disk_bytes_per_s"] = f"{said}: preadv of a file put out of the page cache before"
+    if device == "cpu":
+        total = _total_bytes()
+        changes |= {
+            "threads": torch.get_num_threads(),
+            "amx": _has_amx(),
+            **({"memory_total_bytes": total, "usable_bytes": total - 2 * GIB} if total else {}),
+        }
+        if total:
+            sources["memory_total_bytes"] = f"{said}: MemTotal of the system"
+    else:
+        free, total = torch.cuda.mem_get_info()
+        properties = torch.cuda.get_device_properties(0)
+        changes |= {
+            "usable_bytes": min(total, base.memory_total_bytes),
+            "sm_count": properties.multi_processor_count,
+        }
+        if total > base.memory_total_bytes:
+            changes |= {"memory_total_bytes": total, "usable_bytes": total}
+        sources["usable_bytes"] = f"{said}: the driver's total ({free} bytes of it free then)"
+        sources["sm_count"] = f"{said}: the driver's"
+    return DeviceProfile.model_validate(
+        {**base.model_dump(), **_plain(changes), "sources": sources}
+    )
+
+
+def _plain(changes: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value.model_dump() if hasattr(value, "model_dump") else value
+        for key, value in changes.items()
+    }
+
+
+def _products(found: Kernels) -> tuple[tuple[int, int], ...]:
+    """(rows, FLOP/s) of the largest weights, never falling: beyond a dip more rows would be cut into fewer."""
+    grid, weights = found.product, found.product.second[-1]
+    one = found.vector.seconds[-1][-1]
+    points = [(1, 2 * weights / one)]
+    points += [
+        (rows, 2 * rows * weights / row[-1])
+        for rows, row in zip(grid.first, grid.seconds, strict=True)
+    ]
+    return _rising(points)
+
+
+def _attention(found: Kernels) -> tuple[tuple[int, int], ...]:
+    head = found.attention[-1]
+    keys = head.full.second[-1]
+    cached, seconds = head.decode[-1]
+    points = [(1, 4 * cached * head.head_dim / seconds)]
+    points += [
+        (rows, 4 * rows * keys * head.head_dim / row[-1])
+        for rows, row in zip(head.full.first, head.full.seconds, strict=True)
+    ]
+    return _rising(points)
+
+
+def _rising(points: Sequence[tuple[int, float]]) -> tuple[tuple[int, int], ...]:
+    best, found = 1.0, []
+    for rows, rate in points:
+        best = max(best, rate)
+        found.append((rows, round(best)))
+    return tuple(found)
+
+
+def _bandwidth(found: Kernels) -> int:
+    grid = found.vector
+    return max(1, round(2 * grid.second[-1] / grid.seconds[-1][-1]))
+
+
+def _measured_by() -> str:
+    return (
+        f"measured {time.strftime('%Y-%m-%d')} by execute --probe, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads"
+    )
+
+
+def _processor() -> str:
+    """The processor's name."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or "CPU"
+
+
+def _has_amx() -> bool:
+    with suppress(OSError):
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return False
+
+
+def _total_bytes() -> int | None:
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemTotal:"):
+                return int(line.split()[1]) * 1024
+    return None

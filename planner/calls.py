@@ -1,0 +1,242 @@
+"""Seconds of the executor's steps, call by call, from a profile's tables of measured kernels.
+
+Each step is the list of calls that executor/vision.py and executor/text.py make for it, tile by tile and sub-tile by
+sub-tile. A call's table was taken with the same function in the same sub-tiles, so dispatch, weights repacked in every
+call, caches, and blocks that malloc maps and gives back each time are in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+from planner.buffers import text_scratch, vision_scratch
+from planner.plan import DTYPE_BYTES, Image, Kind, ModelShape, Tiles, spans, window_tiles
+from planner.rates import CACHE_BYTES, Kernels, Measured, seconds_at
+
+# the executor's own sub-tiles
+NORM_ROWS = 256  # planner.buffers: rows of norm32
+ROPE_ROWS = 128  # planner.buffers: rows of a rope sub-tile
+WINDOWS_PER_CALL = 16  # executor.vision
+DECODED = 64  # iterations over which decode's few new pages are spread
+
+
+class Calls:
+    """Seconds of one model's steps by one dtype's tables."""
+
+    def __init__(self, measured: Measured, model: ModelShape, token_bytes: int) -> None:
+        """`token_bytes`: weights that one new token uses, all of them once."""
+        self.model, self.measured = model, measured
+        half = DTYPE_BYTES[model.dtype] == 2
+        self.kernels: Kernels = measured.bits16 if half else measured.float32
+        self.token_bytes = token_bytes
+        self.cold = token_bytes > CACHE_BYTES
+        rate = measured.first_touch_bytes_per_s
+        self.touch_s = 1 / rate if rate else 0.0  # of one byte
+        self.product = lru_cache(maxsize=4096)(self._product)
+        self.elements = lru_cache(maxsize=4096)(self._elements)
+        self.window_tile = lru_cache(maxsize=4096)(self._window_tile)
+        self.mlp_tile = lru_cache(maxsize=4096)(self._mlp_tile)
+
+    # --- calls ----------------------------------------------------------------------------------------------------
+
+    def _product(self, rows: int, fan_in: int, fan_out: int, bias: bool) -> float:
+        weights = fan_in * fan_out
+        if rows == 1:
+            return self.kernels.vector.at(self.token_bytes, weights) + self.first("vector")
+        seconds = self.kernels.product.at(rows, weights) + self.first("product")
+        return seconds + (seconds_at(self.kernels.passes["bias"], rows * fan_out) if bias else 0.0)
+
+    def first(self, name: str) -> float:
+        """What the first call of a kind in a tile takes more."""
+        return self.kernels.cold[name] if self.cold else 0.0
+
+    def _elements(self, name: str, elements: int) -> float:
+        """One call of an elementwise pass over so many elements."""
+        return seconds_at(self.kernels.passes[name], elements) + self.first(name)
+
+    def rows(self, name: str, rows: int, width: int, most: int) -> float:
+        """A pass over (rows, width) in sub-tiles of `most` rows."""
+        whole, rest = divmod(rows, most)
+        curve = self.kernels.passes[name]
+        seconds = self.first(name) + (whole * seconds_at(curve, most * width) if whole else 0.0)
+        return seconds + (seconds_at(curve, rest * width) if rest else 0.0)
+
+    def norm(self, rows: int, width: int) -> float:
+        return self.rows("norm", rows, width, NORM_ROWS)
+
+    def _attend(self, kind: str, head_dim: int, *sizes: int) -> float:
+        """Seconds for one head."""
+        seconds = 0.0
+        for table, share in self.kernels.heads(head_dim):
+            if kind == "full":
+                found = table.full.at(*sizes)
+            elif kind == "causal":
+                # a square's scores grow with its rows twice
+                found = seconds_at(table.causal, sizes[0]) * max(
+                    1.0, sizes[0] / table.causal[-1][0]
+                )
+            elif kind == "window":
+                found = seconds_at(table.window, sizes[0])
+            else:
+                found = seconds_at(table.decode, sizes[0])
+            seconds += share * found
+        return seconds
+
+    def _new_pages(self, size_bytes: int, steps: int) -> float:
+        """A step's share of clearing the pages that the steps of its kind write first."""
+        return size_bytes * self.touch_s / max(1, steps)
+
+    # --- vision -----------------------------------------------------------------------------------------------------
+
+    def vision(self, kind: Kind, tiles: Tiles, images: Sequence[Image]) -> float:
+        """Seconds of one vision step over `images`."""
+        shape = self.model.vision
+        width, depth = shape.hidden, shape.depth
+        rows = sum(image.patches for image in images)
+        element = DTYPE_BYTES[self.model.dtype]
+        full = len(shape.full_attention_blocks)
+        steps = {"window_attn": depth - full, "full_attn": full, "vision_mlp": depth}.get(kind, 1)
+        pages = vision_scratch(kind, self.model, tiles, tuple(images)).size_bytes
+        if kind == "patch_embed":
+            pages += rows * width * element  # the residual stream
+        if kind == "merger":
+            pages += rows // shape.merge**2 * shape.out_hidden * element
+        step_s = self.measured.step_s + self._new_pages(pages, steps)
+        if kind == "patch_embed":
+            seconds = rows * shape.patch_values / self.measured.pixel_values_per_s
+            for image in images:
+                seconds += _tiled(
+                    image.patches,
+                    tiles.patch_rows,
+                    lambda tile: self.product(tile, shape.patch_values, width, False),
+                )
+            return seconds + step_s
+        if kind == "window_attn":
+            return step_s + sum(
+                self.window_tile(piece.stop - piece.start, piece.runs)
+                for image in images
+                for piece in window_tiles(image.windows, tiles.window_rows)
+            )
+        if kind == "full_attn":
+            return step_s + sum(self._full_image(image.patches, tiles) for image in images)
+        if kind == "vision_mlp":
+            return step_s + _tiled(
+                rows,
+                tiles.vision_mlp_rows,
+                lambda tile: self.mlp_tile(tile, width, shape.intermediate, True),
+            )
+        if kind == "merger":
+            return step_s + sum(
+                _tiled(image.tokens, tiles.merger_rows, self._merger_tile) for image in images
+            )
+        raise AssertionError(kind)
+
+    def _window_tile(self, rows: int, runs: tuple[tuple[int, int], ...]) -> float:
+        shape = self.model.vision
+        width = shape.hidden
+        seconds = self.norm(rows, width) + self.product(rows, width, 3 * width, True)
+        seconds += self.elements("angles_vision", rows * shape.head_dim // 2)
+        seconds += self.rows("rope_vision", rows, 2 * width, ROPE_ROWS)
+        for count, size in runs:
+            seconds += count * shape.heads * self._attend("window", shape.head_dim, size)
+            seconds += self.first("attention")
+            seconds += self.rows("copy", count, size * width, WINDOWS_PER_CALL)
+        seconds += self.product(rows, width, width, True)
+        return seconds + self.elements("add", rows * width)
+
+    def _full_image(self, patches: int, tiles: Tiles) -> float:
+        shape = self.model.vision
+        width, heads, size = shape.hidden, shape.heads, shape.head_dim
+
+        def keys_and_values(tile: int) -> float:
+            seconds = self.norm(tile, width) + self.product(tile, width, 2 * width, True)
+            seconds += self.elements("angles_vision", tile * size // 2)
+            return seconds + self.rows("rope_vision", tile, width, ROPE_ROWS)
+
+        def queries(tile: int) -> float:
+            seconds = self.norm(tile, width) + 2 * self.product(tile, width, width, True)
+            seconds += self.elements("angles_vision", tile * size // 2)
+            seconds += self.rows("rope_vision", tile, width, ROPE_ROWS)
+            seconds += heads * self._attend("full", size, tile, patches) + self.first("attention")
+            copies = _tiled(
+                heads, tiles.query_heads, lambda n: self.elements("copy", tile * n * size)
+            )
+            return seconds + copies + self.elements("add", tile * width)
+
+        return _tiled(patches, tiles.query_rows, lambda tile: keys_and_values(tile) + queries(tile))
+
+    def _mlp_tile(self, rows: int, width: int, inner: int, bias: bool) -> float:
+        seconds = self.norm(rows, width) + 2 * self.product(rows, width, inner, bias)
+        seconds += self.elements("gate", rows * inner) + self.product(rows, inner, width, bias)
+        return seconds + self.elements("add", rows * width)
+
+    def _merger_tile(self, tokens: int) -> float:
+        shape = self.model.vision
+        unit = shape.merge**2
+        wide = unit * shape.hidden
+        seconds = self.norm(tokens * unit, shape.hidden) + self.product(tokens, wide, wide, True)
+        seconds += self.elements("gelu", tokens * wide)
+        seconds += self.product(tokens, wide, shape.out_hidden, True)
+        return seconds + self.elements("copy", tokens * shape.out_hidden)
+
+    # --- language model -----------------------------------------------------------------------------------------------
+
+    def text(self, kind: Kind, tile: int, rows: int, context: int) -> float:
+        """Seconds of one language-model step over `rows` rows; one row sees `context` keys."""
+        text, step_s = self.model.text, self.measured.step_s
+        pages = text_scratch(kind, self.model, tile, rows).size_bytes
+        step_s += self._new_pages(pages, text.layers * (1 if rows > 1 else DECODED))
+        if kind == "text_mlp":
+            return step_s + _tiled(
+                rows, tile, lambda n: self.mlp_tile(n, text.hidden, text.intermediate, False)
+            )
+        if kind != "self_attn":
+            raise AssertionError(kind)
+        if rows == 1:
+            return (
+                step_s
+                + self._project(1)
+                + text.kv_heads * self._attend("decode", text.head_dim, context)
+            )
+        seconds = step_s
+        width = text.heads * text.head_dim
+        for start, stop in spans(rows, tile):
+            count = stop - start
+            seconds += self._project(count)
+            seconds += text.heads * self._attend("causal", text.head_dim, count)
+            seconds += self.first("attention")
+            if start:
+                seconds += text.heads * self._attend("full", text.head_dim, count, start)
+                seconds += self.elements("merge", count * width)
+        return seconds
+
+    def _project(self, rows: int) -> float:
+        """All of a tile of self-attention but the attention itself."""
+        text = self.model.text
+        width, size = text.hidden, text.head_dim
+        heads, groups = text.heads * size, text.kv_heads * size
+        seconds = self.norm(rows, width) + self.product(rows, width, heads, True)
+        seconds += 2 * self.product(rows, width, groups, True)
+        seconds += self.elements("angles_text", rows * size // 2)
+        seconds += self.rows("rope_text", rows, heads, ROPE_ROWS)
+        seconds += self.rows("rope_text", rows, groups, ROPE_ROWS)
+        seconds += self.elements("copy", rows * heads)
+        return (
+            seconds + self.product(rows, heads, width, False) + self.elements("add", rows * width)
+        )
+
+    def small(self, kind: Kind, head_rows: int) -> float:
+        """Seconds of a step on one row."""
+        text, step_s = self.model.text, self.measured.step_s
+        if kind == "lm_head":
+            return step_s + self.product(1, text.hidden, head_rows, False)
+        if kind == "sample":
+            return step_s + seconds_at(self.measured.sample, text.vocabulary) + self.first("sample")
+        return step_s + (self.norm(1, text.hidden) if kind == "norm" else 0.0)
+
+
+def _tiled(rows: int, tile: int, seconds: Callable[[int], float]) -> float:
+    """Seconds of `rows` rows by tiles; the last may be short."""
+    whole, rest = divmod(rows, tile)
+    return (whole * seconds(tile) if whole else 0.0) + (seconds(rest) if rest else 0.0)

@@ -1,0 +1,168 @@
+"""Seconds that were measured, as tables, and how they are read between and beyond their points.
+
+Between points a table is a straight line in the logarithms of sizes and seconds (a line in plain numbers would bend
+where a fixed cost ends); beyond the last size seconds grow in proportion, below the first they stay: there the call
+itself is what costs. `execute --probe` fills the tables by calling the executor's own functions.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Annotated
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from planner.plan import Frozen
+
+Curve = tuple[tuple[PositiveInt, PositiveFloat], ...]  # (size, seconds), sizes ascending
+
+
+def seconds_at(points: Sequence[tuple[int, float]], size: float) -> float:
+    """Seconds at `size`."""
+    if size <= points[0][0]:
+        return points[0][1]
+    last = points[-1]
+    if size >= last[0]:
+        return last[1] * size / last[0]
+    right = next(i for i, point in enumerate(points) if point[0] >= size)
+    (low, below), (high, above) = points[right - 1], points[right]
+    share = math.log(size / low) / math.log(high / low)
+    return math.exp(math.log(below) + share * math.log(above / below))
+
+
+class Grid(Frozen):
+    """Seconds over two sizes: `seconds[i][j]` at `first[i]` and `second[j]`."""
+
+    first: tuple[PositiveInt, ...] = Field(min_length=1)
+    second: tuple[PositiveInt, ...] = Field(min_length=1)
+    seconds: tuple[tuple[PositiveFloat, ...], ...]
+
+    @model_validator(mode="after")
+    def _complete(self) -> Grid:
+        for sizes in (self.first, self.second):
+            if list(sizes) != sorted(set(sizes)):
+                raise ValueError(f"wanted ascending sizes, found {list(sizes)}")
+        shape = [len(row) for row in self.seconds]
+        if shape != [len(self.second)] * len(self.first):
+            raise ValueError(
+                f"wanted {len(self.first)} rows of {len(self.second)} seconds, found {shape}"
+            )
+        return self
+
+    @cached_property
+    def _logs(self) -> tuple[list[float], list[float], list[list[float]]]:
+        return (
+            [math.log(size) for size in self.first],
+            [math.log(size) for size in self.second],
+            [[math.log(value) for value in row] for row in self.seconds],
+        )
+
+    def at(self, first: float, second: float) -> float:
+        """Seconds at those sizes."""
+        firsts, seconds, logs = self._logs
+        i, row_share, row_extra = _place(firsts, math.log(first))
+        j, share, extra = _place(seconds, math.log(second))
+        low = logs[i][j] + share * (logs[i][min(j + 1, len(seconds) - 1)] - logs[i][j])
+        below = logs[min(i + 1, len(firsts) - 1)]
+        high = below[j] + share * (below[min(j + 1, len(seconds) - 1)] - below[j])
+        return math.exp(low + row_share * (high - low) + row_extra + extra)
+
+
+def _place(logs: Sequence[float], wanted: float) -> tuple[int, float, float]:
+    """The point left of `wanted`, the share of the way to the next, and what lies beyond the last."""
+    if wanted <= logs[0]:
+        return 0, 0.0, 0.0
+    if wanted >= logs[-1]:
+        return len(logs) - 1, 0.0, wanted - logs[-1]
+    right = bisect_left(logs, wanted)
+    left = right - 1
+    return left, (wanted - logs[left]) / (logs[right] - logs[left]), 0.0
+
+
+class HeadDim(Frozen):
+    """Attention of heads of one size, seconds for one head of a call over several.
+
+    full: (query rows, keys) without a mask. causal: rows of a square. window: rows of one window, a batch of windows
+    a call. decode: keys that one row sees, for one key head and the query heads that share it.
+    """
+
+    head_dim: PositiveInt
+    full: Grid
+    causal: Curve = Field(min_length=1)
+    window: Curve = Field(min_length=1)
+    decode: Curve = Field(min_length=1)
+
+
+PASSES = (
+    *("norm", "rope_vision", "rope_text", "angles_vision", "angles_text"),
+    *("gate", "gelu", "add", "copy", "bias", "merge"),
+)
+
+
+CALLS = (*PASSES, "product", "vector", "attention", "sample")
+CACHE_BYTES = (
+    8 * 2**20
+)  # weights of a token beyond which its code and activations leave the nearest caches
+
+
+class Kernels(Frozen):
+    """The executor's calls in one dtype.
+
+    product: (rows, weight elements), the weights coming from memory. vector: one row, (bytes between two uses of the
+    same weights, weight elements): what was used lately still lies in a cache. passes: by elements of one call. cold: what a call takes more when
+    weights have gone through the caches since the last of its kind, as in every step of a model of some size.
+    """
+
+    product: Grid
+    vector: Grid
+    attention: tuple[HeadDim, ...] = Field(min_length=1)
+    passes: dict[str, Curve]
+    cold: dict[str, Annotated[float, Field(ge=0)]]
+
+    @model_validator(mode="after")
+    def _every_pass(self) -> Kernels:
+        for what, names, found in (("passes", PASSES, self.passes), ("cold", CALLS, self.cold)):
+            missing, unknown = sorted(set(names) - set(found)), sorted(set(found) - set(names))
+            if missing or unknown:
+                raise ValueError(
+                    f"{what}: wanted {', '.join(names)}; missing {missing}, unknown {unknown}"
+                )
+        curves = [*self.passes.values()]
+        for dim in self.attention:
+            curves += [dim.causal, dim.window, dim.decode]
+        for curve in curves:
+            sizes = [point[0] for point in curve]
+            if not sizes or sizes != sorted(set(sizes)):
+                raise ValueError(f"wanted ascending sizes, found {sizes}")
+        dims = [dim.head_dim for dim in self.attention]
+        if dims != sorted(set(dims)):
+            raise ValueError(f"attention: wanted ascending head sizes, found {dims}")
+        return self
+
+    def heads(self, head_dim: int) -> tuple[tuple[HeadDim, float], ...]:
+        """The measured head sizes next to that one, with their weights: linear between, in proportion beyond the last."""
+        dims = self.attention
+        if head_dim <= dims[0].head_dim:
+            return ((dims[0], 1.0),)
+        if head_dim >= dims[-1].head_dim:
+            return ((dims[-1], head_dim / dims[-1].head_dim),)
+        right = next(i for i, dim in enumerate(dims) if dim.head_dim >= head_dim)
+        low, high = dims[right - 1], dims[right]
+        share = (head_dim - low.head_dim) / (high.head_dim - low.head_dim)
+        return ((low, 1 - share), (high, share))
+
+
+class Measured(Frozen):
+    """What `execute --probe` timed, one table per kernel. Replaces the roofline wherever it is there."""
+
+    bits16: Kernels
+    float32: Kernels
+    pixel_values_per_s: PositiveInt  # patch values that the host cuts out and normalises
+    sample: Curve = Field(min_length=1)  # by logits
+    step_s: PositiveFloat  # of a step beyond its kernels: views, records, queues
+    copy_s: PositiveFloat  # of a copy beyond its bytes
+    first_touch_bytes_per_s: int = Field(ge=0)  # new pages of the arena, the CPU alone; else 0
+    stolen_share: float = Field(ge=0, le=2)  # of a copy's seconds, lost by the steps beside it

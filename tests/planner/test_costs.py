@@ -1,0 +1,226 @@
+"""Seconds of steps and copies: equal to what a hand computes on a toy profile, and rising with rows and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from planner.calls import Calls
+from planner.costs import Costs
+from planner.fronts import START
+from planner.plan import ModelShape, Tiles
+from planner.profile import DeviceProfile, load_profile
+from planner.rates import CALLS, PASSES, Grid, HeadDim, Kernels, Measured, seconds_at
+from planner.spec import builtin
+
+MS = 1e-3
+
+
+def kernels(**changes: Any) -> Kernels:
+    """Products 1 ms for each 1000 rows x 1000 weights, attention 1 us a score, passes 1 ns an element, nothing cold."""
+    head = HeadDim(
+        head_dim=64,
+        full=Grid(first=(1, 1000), second=(1, 1000), seconds=((1e-6, MS), (MS, 1.0))),
+        causal=((1, 1e-6), (1000, 0.5)),
+        window=((16, 1e-5), (64, 4e-5)),
+        decode=((1, 1e-6), (1000, MS)),
+    )
+    data: dict[str, Any] = {
+        "product": Grid(first=(1, 1000), second=(1, 1000), seconds=((1e-9, 1e-6), (1e-6, MS))),
+        "vector": Grid(first=(1,), second=(1, 1000), seconds=((1e-9, 1e-6),)),
+        "attention": (head,),
+        "passes": dict.fromkeys(PASSES, ((1, 1e-09), (1000, 1e-06))),
+        "cold": dict.fromkeys(CALLS, 0.0),
+    }
+    return Kernels(**{**data, **changes})
+
+
+def measured(**changes: Any) -> Measured:
+    data: dict[str, Any] = {
+        "bits16": kernels(),
+        "float32": kernels(),
+        "pixel_values_per_s": 10**9,
+        "sample": ((1, 1e-9), (1000, 1e-6)),
+        "step_s": 1e-12,
+        "copy_s": 1e-12,
+        "first_touch_bytes_per_s": 0,
+        "stolen_share": 1.0,
+    }
+    return Measured(**{**data, **changes})
+
+
+@pytest.fixture
+def model() -> ModelShape:
+    return builtin("3b").shape
+
+
+def toy(**changes: Any) -> DeviceProfile:
+    update = {
+        "measured": measured(**changes),
+        "page_cache_bytes_per_s": 10**9,
+        "host_to_device_bytes_per_s": 10**9,
+        "disk_bytes_per_s": 10**8,
+    }
+    return load_profile("cpu").model_copy(update=update)
+
+
+def test_seconds_between_points_follow_a_power_and_beyond_the_last_grow_in_proportion() -> None:
+    points = ((10, 1.0), (1000, 100.0))
+    found = [seconds_at(points, size) for size in (1, 10, 100, 1000, 4000)]
+    assert found == pytest.approx([1, 1, 10, 100, 400])
+
+
+def test_a_grid_is_read_in_both_directions() -> None:
+    grid = Grid(first=(1, 100), second=(10, 1000), seconds=((1.0, 100.0), (10.0, 1000.0)))
+    assert grid.at(10, 100) == pytest.approx(10**0.5 * 10)
+    assert grid.at(100, 1000) == pytest.approx(1000)
+    assert grid.at(200, 3000) == pytest.approx(6000)
+    assert grid.at(1, 1) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"first": (4, 2)},
+        {"seconds": ((1.0, 2.0),)},
+        {"seconds": ((1.0, 2.0), (0.0, 1.0))},
+        {"second": ()},
+    ],
+)
+def test_a_grid_that_is_not_one_is_refused(change: dict[str, Any]) -> None:
+    data: dict[str, Any] = {"first": (1, 2), "second": (1, 2), "seconds": ((1.0, 2.0), (3.0, 4.0))}
+    with pytest.raises(ValidationError):
+        Grid(**{**data, **change})
+
+
+@pytest.mark.parametrize("table", ["passes", "cold"])
+def test_tables_name_every_call_and_no_other(table: str) -> None:
+    whole = dict(getattr(kernels(), table))
+    with pytest.raises(ValidationError, match="missing \\['norm'\\]"):
+        kernels(**{table: {name: value for name, value in whole.items() if name != "norm"}})
+    with pytest.raises(ValidationError, match="unknown \\['other'\\]"):
+        kernels(**{table: whole | {"other": whole["norm"]}})
+
+
+def test_a_text_mlp_is_its_calls_added_up(model: ModelShape) -> None:
+    width, inner = model.text.hidden, model.text.intermediate
+    costs = Costs(model, toy())
+    rows, tile = 600, 256
+    # products 1 ns for a row and a weight, passes 1 ns an element: norm, two up, gate, down, add
+    by_hand = rows * (3 * width * inner * 1e-9 + (2 * width + inner) * 1e-9)
+    assert costs.text("text_mlp", tile, rows, 0) == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_a_full_attention_block_is_its_calls_added_up(model: ModelShape) -> None:
+    shape = model.vision
+    width, heads, size = shape.hidden, shape.heads, shape.head_dim
+    image = builtin_image(model)
+    rows = image.patches
+    tiles = START.model_copy(update={"query_rows": 256, "query_heads": 4})
+    products = rows * (2 + 2) * width * width * 1e-9
+    biases = rows * 4 * width * 1e-9
+    norms = ropes = 2 * rows * width * 1e-9
+    angles = 2 * rows * size // 2 * 1e-9
+    # one measured head size: longer heads in proportion
+    scores = heads * rows * rows * 1e-6 * size / 64
+    copies = adds = rows * width * 1e-9
+    by_hand = products + biases + norms + ropes + angles + scores + copies + adds
+    assert Costs(model, toy()).vision("full_attn", tiles, [image]) == pytest.approx(
+        by_hand, rel=1e-6
+    )
+
+
+def builtin_image(model: ModelShape) -> Any:
+    from planner.workload import parse_image
+
+    checkpoint = builtin("3b")
+    return parse_image(
+        "448x448", min_pixels=checkpoint.min_pixels, max_pixels=checkpoint.max_pixels
+    )
+
+
+def test_what_is_cold_is_paid_once_in_every_tile(model: ModelShape) -> None:
+    cold = dict.fromkeys(CALLS, 0.0) | {"norm": 1.0}
+    plain = Costs(model, toy())
+    colder = Costs(model, toy(bits16=kernels(cold=cold)))
+    difference = colder.text("text_mlp", 256, 600, 0) - plain.text("text_mlp", 256, 600, 0)
+    assert difference == pytest.approx(3.0)
+
+
+def test_a_small_model_s_code_stays_in_the_caches(model: ModelShape) -> None:
+    cold = dict.fromkeys(CALLS, 1.0)
+    calls = Calls(measured(bits16=kernels(cold=cold)), model, 2**20)
+    assert calls.first("norm") == 0.0
+    assert Calls(measured(bits16=kernels(cold=cold)), model, 2**30).first("norm") == 1.0
+
+
+def test_new_pages_of_scratch_are_paid_once_a_phase(model: ModelShape) -> None:
+    from planner.buffers import text_scratch
+
+    plain = Costs(model, toy())
+    clearing = Costs(model, toy(first_touch_bytes_per_s=10**9))
+    steps = [costs.text("text_mlp", 256, 600, 0) for costs in (clearing, plain)]
+    size = text_scratch("text_mlp", model, 256, 600).size_bytes
+    assert model.text.layers * (steps[0] - steps[1]) == pytest.approx(size / 1e9, rel=1e-3)
+
+
+def test_a_copy_is_bytes_at_the_rate_of_where_they_lie(model: ModelShape) -> None:
+    costs = Costs(model, toy(first_touch_bytes_per_s=5 * 10**8))
+    assert costs.warm
+    assert costs.copy(10**9, first=True, cached=False) == pytest.approx(1.0)
+    assert costs.copy(10**9, first=True, cached=False, fresh=True) == pytest.approx(3.0)
+    costs.warm = False
+    assert costs.copy(10**9, first=True, cached=True) == pytest.approx(10.0)
+    assert costs.copy(10**9, first=False, cached=True) == pytest.approx(1.0)
+
+
+def test_files_count_as_cached_only_where_they_fit_beside_the_arena(model: ModelShape) -> None:
+    roomy, tight = (
+        toy().model_copy(update={"usable_bytes": size, "memory_total_bytes": size})
+        for size in (20 * 10**9, 10 * 10**9)
+    )
+    assert Costs(model, roomy).warm
+    assert not Costs(model, tight).warm
+    assert not Costs(model, load_profile("rtx-5080-16gb")).warm
+
+
+def test_what_a_copy_steals_is_a_share_of_its_work(model: ModelShape) -> None:
+    costs = Costs(model, toy(stolen_share=0.5, first_touch_bytes_per_s=10**9))
+    assert costs.stolen(10**9) == pytest.approx(0.5)
+    assert costs.stolen(10**9, fresh=True) == pytest.approx(1.0)
+    assert Costs(model, load_profile("rtx-5080-16gb")).stolen(10**9) == 0.0
+
+
+def every_kind(costs: Costs, rows_of: Callable[[int], Any]) -> dict[str, Callable[[int], float]]:
+    tiles = Tiles(**{**START.model_dump(), "query_heads": 16})
+    vision = ("patch_embed", "window_attn", "full_attn", "vision_mlp", "merger")
+    found: dict[str, Callable[[int], float]] = {
+        kind: lambda n, kind=kind: costs.vision(kind, tiles, [rows_of(n)])  # type: ignore[misc]
+        for kind in vision
+    }
+    found["self_attn"] = lambda n: costs.text("self_attn", 256, 64 * n, 64 * n)
+    found["text_mlp"] = lambda n: costs.text("text_mlp", 256, 64 * n, 0)
+    found["decode"] = lambda n: costs.text("self_attn", 1, 1, 64 * n)
+    return found
+
+
+@pytest.mark.parametrize("device", ["cpu", "rtx-5080-16gb"])
+@given(st.integers(1, 12))
+def test_more_rows_take_longer(device: str, count: int) -> None:
+    from planner.workload import parse_image
+
+    checkpoint = builtin("3b")
+    bounds = {"min_pixels": checkpoint.min_pixels, "max_pixels": checkpoint.max_pixels}
+
+    def image(windows: int) -> Any:
+        return parse_image(f"{112 * 4}x{112 * windows}", **bounds)
+
+    costs = Costs(checkpoint.shape, load_profile(device))
+    for kind, seconds in every_kind(costs, image).items():
+        assert seconds(count + 1) > 0.97 * seconds(count), kind
+        assert seconds(2 * count) > 1.0 * seconds(count), kind
