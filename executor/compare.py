@@ -172,6 +172,8 @@ def _unaccounted(
     """Recorded peak minus all that was recorded one by one; kernels' bytes are part of it where nobody looked at them."""
     if phase is None or phase.peak_bytes is None or record.context_bytes is None:
         return None
+    if phase.reserved_bytes is not None:
+        return phase.peak_bytes - record.context_bytes - phase.reserved_bytes
     known = record.context_bytes + (phase.arena_bytes or 0) + phase.host_bytes
     return phase.peak_bytes - known - (outside_bytes or 0)
 

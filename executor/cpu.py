@@ -94,6 +94,9 @@ class CpuDevice:
             return None
         return held - (self.resident_bytes([(0, self._size_bytes)]) or 0)
 
+    def allocator_peaks(self) -> None:
+        return None
+
     def allocated_peak(self, call: Callable[[], None]) -> int:
         """From the profiler's memory events, which also see buffers inside kernels.
 

@@ -56,13 +56,14 @@ class CudaDevice(Queued):
                 f"--device cuda: {why}, or run with --device cpu and a plan for the cpu"
             )
         self.torch_device = torch.device("cuda", index)
-        torch.cuda.set_device(self.torch_device)
-        self.name = torch.cuda.get_device_name(self.torch_device)
         torch.cuda.init()  # type: ignore[no-untyped-call]
-        super().__init__(CudaStreams(self.torch_device))
+        self.name = torch.cuda.get_device_name(self.torch_device)
+        # what others hold is told apart by what was free before this process had a context
         self._nvml = _Nvml.open(self.torch_device)
-        # the driver's context exists from here on; what others hold on the card is told apart by NVML alone
-        torch.cuda.synchronize(self.torch_device)
+        self._free_before = self._nvml.free_bytes() if self._nvml is not None else None
+        torch.cuda.set_device(self.torch_device)
+        super().__init__(CudaStreams(self.torch_device))
+        torch.cuda.synchronize(self.torch_device)  # the context exists from here on
         self._peak_held = 0
 
     # memory
@@ -114,15 +115,25 @@ class CudaDevice(Queued):
         self._peak_held = max(self._peak_held, self.held_bytes(), self.context_bytes() + reserved)
         return self._peak_held
 
+    def allocator_peaks(self) -> tuple[int, int]:
+        device = self.torch_device
+        return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+
     def held_bytes(self) -> int:
         own = self._nvml.held_bytes() if self._nvml is not None else None
         if own is not None:
             return own
         free, total = torch.cuda.mem_get_info(self.torch_device)
-        return total - free
+        return (total if self._free_before is None else self._free_before) - free
 
     def context_bytes(self) -> int:
-        return self.held_bytes() - torch.cuda.memory_reserved(self.torch_device)
+        held, reserved = self.held_bytes(), torch.cuda.memory_reserved(self.torch_device)
+        if held < reserved:
+            raise OutOfMemory(
+                f"the card holds {format_gib(held)} of the {format_gib(reserved)} that were taken: the driver keeps the rest "
+                "in host memory; plan for a smaller budget, or forbid it in the driver's settings (sysmem fallback)"
+            )
+        return held - reserved
 
     def allocated_peak(self, call: Callable[[], None]) -> int:
         before = torch.cuda.memory_allocated(self.torch_device)
@@ -140,6 +151,11 @@ class CudaDevice(Queued):
     def notes(self) -> tuple[str, ...]:
         if self._nvml is not None and self._nvml.held_bytes() is not None:
             return ()
+        if self._free_before is not None:
+            return (
+                "device bytes are what the card has less than before the start: the driver does not tell this process's "
+                "own (WSL2, containers), and what other programs take meanwhile is counted in",
+            )
         return (
             "device bytes are the whole card's (mem_get_info): other programs on it are counted in; "
             "install nvidia-ml-py for this process alone",
@@ -198,6 +214,13 @@ class _Nvml:
         # inside a container the driver may list another number for this process: then None
         own = [p.usedGpuMemory for p in processes if p.pid == os.getpid()]
         return int(own[0]) if own and own[0] is not None else None
+
+    def free_bytes(self) -> int | None:
+        """Bytes of the whole card that nobody holds."""
+        try:
+            return int(self._library.nvmlDeviceGetMemoryInfo(self._handle).free)
+        except self._library.NVMLError:
+            return None
 
     def close(self) -> None:
         self._library.nvmlShutdown()

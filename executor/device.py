@@ -144,6 +144,10 @@ class Device(Protocol):
 
     def held_bytes(self) -> int | None: ...
 
+    def allocator_peaks(self) -> tuple[int, int] | None:
+        """Bytes allocated and bytes reserved at most since the last reset; None where the device has no such allocator."""
+        ...
+
     def allocated_peak(self, call: Callable[[], None]) -> int:
         """The most bytes that torch's allocator had given out at once during the call, beyond those it began with."""
         ...

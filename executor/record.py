@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -33,6 +33,9 @@ class StepRecord(Frozen):
     waited_seconds: float  # for copies, before the step; not part of `seconds`
     peak_bytes: int | None  # device bytes
     outside_bytes: int | None  # allocated by kernels, outside the arena
+    # of torch's allocator, on a card
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
 
 
 class CopyRecord(Frozen):
@@ -58,6 +61,9 @@ class PhaseRecord(Frozen):
         int | None
     )  # file-backed pages at its end (code), part of the device's bytes on the CPU
     copied_bytes: int
+    # of torch's allocator, on a card: the highest in the phase
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
 
 
 class Record(Frozen):
@@ -109,6 +115,20 @@ class Record(Frozen):
             ) from None
 
 
+class _Peaks(NamedTuple):
+    """Device bytes and the allocator's, each at most; None where nobody tells."""
+
+    device: int | None = None
+    allocated: int | None = None
+    reserved: int | None = None
+
+    def most(self, other: _Peaks) -> _Peaks:
+        return _Peaks(*map(_most, self, other))
+
+
+NO_PEAKS = _Peaks()
+
+
 @dataclass(slots=True)
 class _Sums:
     """A step's repeats, added up."""
@@ -118,7 +138,7 @@ class _Sums:
     seconds: float = 0.0
     first_seconds: float = 0.0
     waited_seconds: float = 0.0
-    peak_bytes: int | None = None
+    peaks: _Peaks = NO_PEAKS
 
 
 @dataclass(slots=True)
@@ -128,7 +148,7 @@ class _Open:
     phase: RecordPhase
     start: float
     waited_seconds: float = 0.0
-    peak_bytes: int | None = None
+    peaks: _Peaks = NO_PEAKS
     ticks: list[tuple[str, Tick, Tick]] = field(default_factory=list)
 
 
@@ -173,17 +193,20 @@ class Recorder:
             self._resolve()
             reading = memory.read_memory()
             total = copied_bytes()
+            peaks = self._open.peaks.most(self._peaks())
             self._phases.append(
                 PhaseRecord(
                     phase=phase,
                     seconds=seconds,
                     waited_seconds=self._open.waited_seconds,
-                    peak_bytes=_most(self._open.peak_bytes, self._device.peak_bytes()),
+                    peak_bytes=peaks.device,
                     end_bytes=self._device.held_bytes(),
                     arena_bytes=arena_bytes(),
                     host_bytes=max(host, sum(self._host.values())),
                     file_bytes=reading.file_bytes if reading else None,
                     copied_bytes=total - self._copied,
+                    allocated_bytes=peaks.allocated,
+                    reserved_bytes=peaks.reserved,
                 )
             )
             self._copied = total
@@ -198,7 +221,7 @@ class Recorder:
         sums.waited_seconds += waited_seconds
         self._open.waited_seconds += waited_seconds
         if self._check:
-            self._open.peak_bytes = _most(self._open.peak_bytes, self._device.peak_bytes())
+            self._open.peaks = self._open.peaks.most(self._peaks())
             self._device.reset_peak()
         start = self._device.tick()
         yield
@@ -206,9 +229,9 @@ class Recorder:
         self._open.ticks.append((step_id, start, end))
         if self._check:
             self._device.synchronize()
-            peak = self._device.peak_bytes()
-            sums.peak_bytes = _most(sums.peak_bytes, peak)
-            self._open.peak_bytes = _most(self._open.peak_bytes, peak)
+            peaks = self._peaks()
+            sums.peaks = sums.peaks.most(peaks)
+            self._open.peaks = self._open.peaks.most(peaks)
         if len(self._open.ticks) >= 4096:
             self._device.synchronize()
             self._resolve()
@@ -258,8 +281,10 @@ class Recorder:
                     seconds=sums.seconds,
                     first_seconds=sums.first_seconds,
                     waited_seconds=sums.waited_seconds,
-                    peak_bytes=sums.peak_bytes,
+                    peak_bytes=sums.peaks.device,
                     outside_bytes=self._outside.get(step_id),
+                    allocated_bytes=sums.peaks.allocated,
+                    reserved_bytes=sums.peaks.reserved,
                 )
                 for step_id, sums in self._steps.items()
             ),
@@ -268,6 +293,11 @@ class Recorder:
                 for copy_id, t in copies.items()
             ),
         )
+
+    def _peaks(self) -> _Peaks:
+        """The device's since its last reset."""
+        allocator = self._device.allocator_peaks() or (None, None)
+        return _Peaks(self._device.peak_bytes(), *allocator)
 
     def _resolve(self) -> None:
         """Turn ticks into seconds; the device is idle."""
