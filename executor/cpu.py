@@ -15,7 +15,9 @@ from torch.autograd.profiler import profile
 
 from executor import memory
 from executor.device import Chunk, Files, Mark, Range
+from executor.host_tier import HostTier, Move
 from planner.errors import OutOfMemory
+from planner.plan import HostUnit
 from planner.units import MIB, format_gib
 
 # room under RLIMIT_DATA for what is mapped but never touched: the reader's stack and malloc's arena
@@ -182,6 +184,14 @@ class CpuDevice:
             chunk.offset_bytes,
             [self._bytes[start:stop] for start, stop in chunk.targets],
         )
+
+    def host_tier(self, units: Sequence[HostUnit]) -> HostTier:
+        return HostTier(units, lambda size_bytes: torch.empty(size_bytes, dtype=torch.uint8))
+
+    def move(self, moves: Sequence[Move]) -> None:
+        assert self._bytes is not None, "the arena comes before the first copy"
+        for (start, stop), source in moves:
+            self._bytes[start:stop] = source.numpy().data
 
     def synchronize(self) -> None:
         pass

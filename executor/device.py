@@ -10,12 +10,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from planner.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from executor.host_tier import HostTier, Move
+    from planner.plan import HostUnit
 
 Mark = Any  # None, or a torch.cuda.Event
 Tick = Any  # seconds as float, or a torch.cuda.Event
@@ -124,6 +128,14 @@ class Device(Protocol):
 
     def fill(self, chunk: Chunk, files: Files) -> None:
         """Read one chunk into the arena, in the copy queue; called by the reader thread."""
+        ...
+
+    def host_tier(self, units: Sequence[HostUnit]) -> HostTier:
+        """Places for units that stay in host memory once they were read; OutOfMemory where it is refused."""
+        ...
+
+    def move(self, moves: Sequence[Move]) -> None:
+        """Bring bytes of host memory, which nobody writes any more, into the arena, in the copy queue."""
         ...
 
     def synchronize(self) -> None: ...

@@ -17,7 +17,9 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from executor.device import Chunk, Files, Mark
+from executor.host_tier import HOST_PIECE_BYTES, HostTier, Move
 from planner.errors import OutOfMemory
+from planner.plan import HostUnit
 from planner.units import MIB
 
 PIECE_BYTES = 64 * MIB  # a power of two: the pinned allocator rounds up to one
@@ -77,10 +79,17 @@ class Queued:
     """The part of the device protocol that two queues and a ring make up."""
 
     def __init__(
-        self, streams: Streams, *, piece_bytes: int = PIECE_BYTES, pieces: int = RING_PIECES
+        self,
+        streams: Streams,
+        *,
+        piece_bytes: int = PIECE_BYTES,
+        pieces: int = RING_PIECES,
+        host_piece_bytes: int = HOST_PIECE_BYTES,
     ) -> None:
         self._streams = streams
         self._piece_bytes = piece_bytes
+        self._host_piece_bytes = host_piece_bytes
+        self._host: HostTier | None = None
         self._pieces = pieces
         self._arena: Tensor | None = None
         self._ring: list[RingPiece] = []
@@ -98,10 +107,12 @@ class Queued:
             ) from None
 
     def drop_ring(self) -> None:
-        """Give the pinned pieces back; no move may be under way."""
+        """Give the pinned pieces and the host tier back; no move may be under way."""
         for piece in self._ring:
             piece.view.release()
         self._ring.clear()
+        if self._host is not None:
+            self._host.close()
 
     def allocator_peaks(self) -> tuple[int, int] | None:
         return None
@@ -138,6 +149,14 @@ class Queued:
                 ]
             )
             piece.free = self._streams.copy.record_event()
+
+    def host_tier(self, units: Sequence[HostUnit]) -> HostTier:
+        self._host = HostTier(units, self._streams.pin, piece_bytes=self._host_piece_bytes)
+        return self._host
+
+    def move(self, moves: Sequence[Move]) -> None:
+        assert self._arena is not None, "the arena comes before the first copy"
+        self._streams.move([(self._arena[slice(*move.target)], move.source) for move in moves])
 
     def piece_waits(self, piece: RingPiece) -> None:
         """Hold the host until the piece's last move has left it."""

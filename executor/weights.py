@@ -120,6 +120,7 @@ class Reader(AbstractContextManager["Reader"]):
         buffers = {buffer.name: buffer for buffer in plan.buffers}
         units = {unit.id: unit for unit in plan.units}
         self._device = device
+        self._host = device.host_tier(plan.host_units)
         self._chunks = {
             copy.id: chunks(pieces(units[copy.unit], buffers[copy.buffer], locations))
             for copy in plan.copies
@@ -246,10 +247,8 @@ class Reader(AbstractContextManager["Reader"]):
         with self.alone:
             if after is not None:
                 self._device.copy_waits(mark)
-            for chunk in self._chunks[copy.id]:
-                if self._stopped:
-                    return False
-                self._device.fill(chunk, self._files)
+            if not self._bring(copy):
+                return False
             mark = self._device.mark_copy()
         seconds = time.perf_counter() - start
         with self._changed:
@@ -260,6 +259,25 @@ class Reader(AbstractContextManager["Reader"]):
             self._copy_marks[copy.id] = mark
             self._copies[copy.id] += 1
             self._changed.notify_all()
+        return True
+
+    def _bring(self, copy: Copy) -> bool:
+        """Put the unit's bytes in the copy queue, from disk or from where they stay in host memory; False when told to stop."""
+        chunks_ = self._chunks[copy.id]
+        if copy.unit not in self._host:
+            for chunk in chunks_:
+                if self._stopped:
+                    return False
+                self._device.fill(chunk, self._files)
+            return True
+        at = self._host.start(copy.unit)
+        for chunk in chunks_:
+            if self._stopped:
+                return False
+            if copy.source == "disk":
+                self._host.read(at, chunk, self._files)
+            self._device.move(self._host.moves(at, chunk))
+            at += chunk.size_bytes
         return True
 
     def _after(self, copy: Copy, iteration: int) -> tuple[str | None, int]:

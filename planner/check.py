@@ -34,7 +34,7 @@ def check(plan: Plan) -> list[str]:
         return unnamed  # nothing else can be looked up
     buffers = {buffer.name: buffer for buffer in plan.buffers}
     order = _unroll(plan)
-    problems = _shape_problems(plan, buffers)
+    problems = _shape_problems(plan, buffers) + _host_problems(plan)
     transfers, missing = _transfers(plan, order)
     problems += missing
     problems += _deadlocks(plan, order)
@@ -119,6 +119,28 @@ def _shape_problems(plan: Plan, buffers: dict[str, Buffer]) -> list[str]:
         problems.append("the KV cache is too small for prompt and answer")
     if plan.decode_repeats != plan.workload.max_new_tokens - 1:
         problems.append("decode repeats do not give the wanted number of tokens")
+    return problems
+
+
+def _host_problems(plan: Plan) -> list[str]:
+    """Units kept in host memory: places of their own, and no copy from there before the unit was read."""
+    sizes = {unit.id: unit.size_bytes for unit in plan.units}
+    problems = []
+    end = 0
+    for kept in sorted(plan.host_units, key=lambda kept: kept.offset_bytes):
+        if kept.size_bytes != sizes.get(kept.unit):
+            problems.append(
+                f"{kept.unit}: kept in {kept.size_bytes} bytes, has {sizes.get(kept.unit)}"
+            )
+        if kept.offset_bytes < end:
+            problems.append(f"{kept.unit}: its place in host memory overlaps another")
+        end = kept.offset_bytes + kept.size_bytes
+    places = {kept.unit for kept in plan.host_units}
+    read: set[str] = set()
+    for copy in sorted(plan.copies, key=lambda copy: copy.phase == "decode"):
+        if copy.source == "host" and not (copy.unit in places and copy.unit in read):
+            problems.append(f"{copy.id}: comes from host memory, where {copy.unit} is not yet")
+        read.add(copy.unit)
     return problems
 
 

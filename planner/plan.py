@@ -348,6 +348,15 @@ class Copy(Frozen):
     once: bool
     size_bytes: int
     seconds: float
+    source: Literal["disk", "host"] = "disk"
+
+
+class HostUnit(Frozen):
+    """A unit that stays in pinned host memory once it was read: its first copy fills the place, its later copies have `source` host."""
+
+    unit: str
+    offset_bytes: int
+    size_bytes: int
 
 
 # --- what it costs ------------------------------------------------------------------------------------------------
@@ -472,6 +481,7 @@ class Plan(Frozen):
     host_buffers: tuple[HostBuffer, ...]
     steps: tuple[Step, ...]
     copies: tuple[Copy, ...]
+    host_units: tuple[HostUnit, ...] = ()
     decode_repeats: int
     prediction: Prediction
 
