@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -107,6 +108,25 @@ SETTINGS = {
 }
 
 
+def drawn(seed: int) -> Setting:
+    """A setting of which every lever is drawn; no more is resident in prefill than in decode."""
+    draws = random.Random(seed)
+    tiles = draws.choice((WHOLE, ODD, MIDDLE))
+    units = (3, 3, -(-640 // tiles.vocabulary_rows))
+    decode = tuple(draws.randint(0, most) for most in units)
+    attn, mlp, head = (draws.randint(0, most) for most in decode)
+    return Setting(
+        order=draws.choice(("all_first", "vision_then_llm", "prefetch")),
+        together=draws.random() < 0.5,
+        depth=draws.randint(1, 3),
+        vision=(draws.randint(0, 3), draws.randint(0, 3)),
+        prefill=(attn, mlp, head),
+        decode=(decode[0], decode[1], decode[2]),
+        tiles=tiles,
+        tied=draws.random() < 0.3,
+    )
+
+
 class Answer(NamedTuple):
     """What a run gave, by name: features, logits, tokens; `error` where it ended with one."""
 
@@ -132,6 +152,7 @@ class Lab:
     """The checkpoints lie in `folder`; plans and the CPU's answers are kept."""
 
     folder: Path
+    settings: dict[str, Setting] = field(default_factory=lambda: dict(SETTINGS))
     _checkpoints: dict[bool, spec.Checkpoint] = field(default_factory=dict)
     _plans: dict[str, Plan] = field(default_factory=dict)
     _answers: dict[str, Answer] = field(default_factory=dict)
@@ -173,7 +194,7 @@ class Lab:
     def plan(self, name: str) -> Plan:
         """The plan of a setting; the planner's checker finds nothing wrong with it."""
         if name not in self._plans:
-            setting = SETTINGS[name]
+            setting = self.settings[name]
             checkpoint = self.checkpoint(setting.tied)
             request = search.Request(checkpoint, self.workload(checkpoint), None)
             heads = -(-640 // setting.tiles.vocabulary_rows)
@@ -198,7 +219,7 @@ class Lab:
         return self._answers[name]
 
     def locations(self, name: str) -> dict[str, TensorLocation]:
-        return dict(self.checkpoint(SETTINGS[name].tied).tensors)
+        return dict(self.checkpoint(self.settings[name].tied).tensors)
 
     def hostile(self, name: str, policy: Policy, mutant: Mutant | None = None) -> Answer:
         """What the hostile device answers under a policy, with every wait or without one."""
@@ -239,7 +260,7 @@ class Lab:
         return Answer(load_file(request.save_outputs))
 
     def request(self, name: str, *, poison: bool = False) -> RunRequest:
-        checkpoint = self.checkpoint(SETTINGS[name].tied)
+        checkpoint = self.checkpoint(self.settings[name].tied)
         draws = torch.Generator().manual_seed(5)
         shape = checkpoint.shape.vision
         pixels = [

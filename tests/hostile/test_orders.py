@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.hostile.device import HostileDevice
-from tests.hostile.lab import SETTINGS, Lab
+from tests.hostile.lab import SETTINGS, Lab, drawn
 from tests.hostile.scheduler import (
     EXTREMES,
     Blocked,
@@ -18,6 +18,7 @@ from tests.hostile.scheduler import (
     by_rank,
     policies,
 )
+from tests.hostile.waits import Graph
 
 
 def test_the_settings_differ_in_every_lever(lab: Lab) -> None:
@@ -47,6 +48,18 @@ def test_all_rankings_and_many_random_orders_give_the_answer_of_the_cpu(
 ) -> None:
     for name, policy in policies(100, every_rank=True):
         assert lab.hostile(setting, policy).equals(lab.expected(setting)), name
+
+
+@pytest.mark.parametrize(
+    "seeds", [range(4), pytest.param(range(4, 60), marks=pytest.mark.full)], ids=["few", "many"]
+)
+def test_drawn_settings_give_the_answer_of_the_cpu_too(lab: Lab, seeds: range) -> None:
+    for seed in seeds:
+        name = f"drawn {seed}"
+        lab.settings[name] = drawn(seed)
+        assert Graph(lab.plan(name), lab.locations(name)).unordered() == [], name
+        for policy in (by_rank(*EXTREMES["moves stop halfway"]), at_random(seed)):
+            assert lab.hostile(name, policy).equals(lab.expected(name)), name
 
 
 def test_nothing_is_left_of_a_run(lab: Lab) -> None:
