@@ -82,6 +82,12 @@ class Arena:
             }
         return found
 
+    def weight_shapes(self, step: Step) -> tuple[tuple[int, ...], ...]:
+        """Shapes of what `weights` gives, without making its views."""
+        if step.unit is None or step.weights is None:
+            return ()
+        return tuple(tensor.shape for tensor in self._units[step.unit].tensors)
+
     def range(self, name: str) -> Range:
         """`[start, stop)` of a buffer."""
         buffer = self._buffers[name]

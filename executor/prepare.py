@@ -333,8 +333,7 @@ def distinct_steps(
 
 def step_key(step: Step, arena: Arena) -> tuple[object, ...]:
     """Equal for steps that run the same kernels on the same shapes."""
-    shapes = tuple(tuple(tensor.shape) for tensor in arena.weights(step).values())
-    return step.phase, step.kind, step.images, shapes
+    return step.phase, step.kind, step.images, arena.weight_shapes(step)
 
 
 def run_of(

@@ -327,6 +327,7 @@ class Watch(TorchDispatchMode):
     def __init__(self, card: FakeCard, fake: FakeTensorMode) -> None:
         super().__init__()
         self.card, self.fake = card, fake
+        self._checked: set[Any] = set()
         self._known: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -340,6 +341,14 @@ class Watch(TorchDispatchMode):
             if found is not NotImplemented:
                 return found
         self._complain(name, args, kwargs)
+        target = _target(func, args, kwargs)
+        if target is not None:
+            # it writes where it is told to and allocates nothing; shapes that were checked once need it no more
+            key = (func, _shapes(args), _shapes(kwargs))
+            if key in self._checked:
+                self._libraries(name, args)
+                return target
+            self._checked.add(key)
         out = func(*args, **kwargs)
         for tensor in _tensors(out):
             if tensor.device.type == "cuda":
@@ -399,6 +408,39 @@ class Watch(TorchDispatchMode):
         ):
             if any(t.device.type == "cuda" for t in _tensors(args)):
                 self.card.complaints.append(f"{op} on the card takes scratch of unknown size")
+
+
+def _target(func: Any, args: Any, kwargs: Any) -> Tensor | None:
+    """What an in-place or out= operation gives back: the tensor it was given to write into."""
+    returned = _returned(func)
+    if returned is None:
+        return None
+    index, name = returned
+    found = args[index] if index < len(args) else kwargs.get(name)
+    return found if isinstance(found, Tensor) else None
+
+
+@functools.cache
+def _returned(func: Any) -> tuple[int, str] | None:
+    """Place and name of the argument that is written and given back; None where something else is given back."""
+    given = func._schema.returns
+    if len(given) != 1 or given[0].alias_info is None or not given[0].alias_info.is_write:
+        return None
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            return index, argument.name
+    return None
+
+
+def _shapes(value: Any) -> Any:
+    """All of an operation's arguments that decides whether it can run."""
+    if isinstance(value, Tensor):
+        return (tuple(value.shape), value.stride(), value.dtype, value.device.type)
+    if isinstance(value, list | tuple):
+        return tuple(map(_shapes, value))
+    if isinstance(value, dict):
+        return tuple((key, _shapes(entry)) for key, entry in value.items())
+    return value
 
 
 @functools.cache
