@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -58,6 +60,16 @@ class Kit:
         new_tokens: int = 128,
     ) -> Plan:
         return search(cls.request(model, vram, images, new_tokens), load_profile(device))
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def screen(*words: str) -> str:
+        """What `plan` prints with these words, which must do without a word on stderr."""
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            code = main(words)
+        assert (code, err.getvalue()) == (0, "")
+        return out.getvalue()
 
 
 @pytest.fixture(scope="session")

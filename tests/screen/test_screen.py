@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 import shlex
 import sys
@@ -42,8 +41,7 @@ def row_of(text: str, name: str) -> list[str]:
     "words",
     [
         ["--vram", "16GB"],
-        ["--vram", "12GB", "--device", "rtx-4070-12gb"],
-        ["--vram", "6GB"],
+        ["--vram", "8GB"],
         ["--vram", "8GB", *["--image", "3840x2160"] * 4],
         ["--vram", "8GB", "--image", "none"],
         ["--vram", "24GB", "--model", "72b", "--device", "rtx-4090-24gb"],
@@ -51,22 +49,21 @@ def row_of(text: str, name: str) -> list[str]:
     ],
 )
 def test_the_screen_is_ascii_in_80_columns_and_about_a_screen_and_a_half_when_piped(
-    run: Any, words: list[str]
+    kit: Any, words: list[str]
 ) -> None:
-    outcome = run(*words)
-    assert (outcome.code, outcome.err) == (0, "")
-    lines = outcome.out.splitlines()
-    assert outcome.out.isascii()
+    out = kit.screen(*words)
+    lines = out.splitlines()
+    assert out.isascii()
     assert max(map(len, lines)) <= 80
     assert all(line == line.rstrip() for line in lines)
     assert len(lines) <= 75
-    wanted = [s for s in SECTIONS if s != "each move" or "GiB saved" in outcome.out]
-    positions = [outcome.out.index(section) for section in wanted]
+    wanted = [s for s in SECTIONS if s != "each move" or "GiB saved" in out]
+    positions = [out.index(section) for section in wanted]
     assert positions == sorted(positions)
 
 
-def test_the_verdict_says_the_budget_as_typed_and_what_it_costs(run: Any) -> None:
-    lines = run("--vram", "8GB").out.splitlines()
+def test_the_verdict_says_the_budget_as_typed_and_what_it_costs(kit: Any) -> None:
+    lines = kit.screen("--vram", "8GB").splitlines()
     assert lines[0] == "Qwen2.5-VL-7B-Instruct fits 8GB (7.45 GiB) on rtx-5080-16gb"
     (seconds,) = [line for line in lines if line.startswith("  seconds")]
     assert re.search(r"about 2 min \d\d s, of it 1\.\d\d s a token; rates: data sheets", seconds)
@@ -118,8 +115,10 @@ def test_a_plan_below_a_gib_is_shown_in_mib(kit: Any) -> None:
     assert "phases, in GiB" in text_of(plan)
 
 
-def test_a_long_command_is_broken_as_a_shell_takes_it(run: Any) -> None:
-    out = run("--vram", "8GB", *["--image", "640x480"] * 7).out
+def test_a_long_command_is_broken_as_a_shell_takes_it(kit: Any) -> None:
+    out = kit.screen(
+        "--model", "3b", "--device", "cpu", "--max-new-tokens", "1", *["--image", "56x56"] * 7
+    )
     command = out[out.index("  execute") : out.index("  (first save")]
     assert command.count(" \\\n") >= 1
     assert shlex.split(command.replace("\\\n", "")) == [
@@ -139,8 +138,8 @@ def test_a_terminal_gets_blocks_and_a_pipe_does_not(kit: Any) -> None:
     assert text_of(plan, blocks=False).isascii()
 
 
-def test_neighbouring_budgets_are_shown_where_there_are_any(run: Any) -> None:
-    both = run("--vram", "8GB").out
+def test_neighbouring_budgets_are_shown_where_there_are_any(kit: Any) -> None:
+    both = kit.screen("--vram", "8GB")
     size, seconds, fits = row_of(both, "next cheaper budget (estimate)")
     assert float(size) < 7.4
     assert float(seconds) > 139
@@ -149,7 +148,7 @@ def test_neighbouring_budgets_are_shown_where_there_are_any(run: Any) -> None:
     assert float(size) > 7.45
     assert float(seconds) < 139
     assert fits == "no"
-    whole = run("--vram", "16GB").out
+    whole = kit.screen("--vram", "16GB")
     assert "next cheaper budget" in whole
     assert "next faster budget" not in whole
 
@@ -192,10 +191,3 @@ def test_a_screen_costs_no_import_of_matplotlib_or_torch(run: Any, kit: Any) -> 
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=kit.root, capture_output=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_json_is_the_plan_and_nothing_else(run: Any) -> None:
-    outcome = run("--vram", "8GB", "--json")
-    document = json.loads(outcome.out)
-    assert document["schema_version"] == 1
-    assert {"moves", "variants"} <= set(document["prediction"])

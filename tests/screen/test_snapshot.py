@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 
-@pytest.mark.parametrize("name", ["timeline.json", "timeline.pickle", "timeline.json.gz"])
+@pytest.mark.parametrize("name", ["timeline.pickle", "timeline.json.gz"])
 def test_the_snapshot_of_a_plan_replays_to_the_reserved_bytes_of_the_plan(
     run: Any, tmp_path: Path, name: str
 ) -> None:

@@ -30,7 +30,7 @@ from planner.units import GIB
 
 @pytest.fixture(scope="module")
 def found(kit: Any) -> Frontier:
-    return swept(kit.request("7b", None, ("1920x1080",)), load_profile("rtx-5080-16gb"), points=7)
+    return swept(kit.request("7b", None, ("1920x1080",)), load_profile("rtx-5080-16gb"), points=5)
 
 
 def test_the_frontier_goes_from_the_least_budget_to_everything_resident(
@@ -40,7 +40,7 @@ def test_the_frontier_goes_from_the_least_budget_to_everything_resident(
     first, last = found.points[0], found.points[-1]
     assert first.budget_bytes == whole.smallest_budget_bytes
     assert (last.budget_bytes, last.seconds) == (whole.bound_peak_bytes, whole.seconds)
-    assert 5 <= len(found.points) <= 7
+    assert 4 <= len(found.points) <= 5
     for left, right in pairwise(found.points):
         assert left.budget_bytes < right.budget_bytes
         assert left.seconds > right.seconds
@@ -61,7 +61,7 @@ def test_every_point_is_what_plan_finds_at_its_budget(kit: Any, found: Frontier)
 
 def test_the_same_request_gives_the_same_frontier(kit: Any) -> None:
     request, device = kit.request("7b", None, (), 16), load_profile("rtx-5080-16gb")
-    assert frontier(request, device, points=4) == frontier(request, device, points=4)
+    assert frontier(request, device, points=3) == frontier(request, device, points=3)
 
 
 def test_the_largest_gap_is_halved_and_what_is_not_better_is_left_out(kit: Any) -> None:
@@ -86,7 +86,7 @@ def test_the_largest_gap_is_halved_and_what_is_not_better_is_left_out(kit: Any) 
     assert len(asked) < 24
 
 
-@pytest.mark.parametrize(("model", "vram"), [("7b", "12GB"), ("7b", "4GB"), ("72b", "24GB")])
+@pytest.mark.parametrize(("model", "vram"), [("7b", "8GB"), ("72b", "24GB")])
 def test_neighbours_are_near_what_a_search_finds_there(kit: Any, model: str, vram: str) -> None:
     plan, request, card = (
         kit.plan(model, vram),
