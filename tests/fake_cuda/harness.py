@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import os
 import weakref
@@ -590,6 +591,7 @@ CARDS = {
     "9.0": "h100-sxm5-80gb",
     "12.0": "rtx-5080-16gb",
 }
+OLD_CARDS = {"7.5": "t4-16gb"}  # without bfloat16, and without the flash kernel
 
 
 class Compared(NamedTuple):
@@ -604,7 +606,13 @@ class Compared(NamedTuple):
 
 
 def make_plan(
-    model: str, image: str, budget: str | None, capability: str, allocator: Any = None
+    model: str,
+    image: str,
+    budget: str | None,
+    capability: str,
+    allocator: Any = None,
+    *,
+    dtype: str = "bfloat16",
 ) -> Any:
     """A plan as the command line makes it, for that model, image and budget on a card of that capability."""
     from planner.profile import load_profile
@@ -614,6 +622,8 @@ def make_plan(
     from planner.workload import make_workload, parse_image
 
     checkpoint = resolve_model(model)
+    shape = checkpoint.shape.model_copy(update={"dtype": dtype})
+    checkpoint = dataclasses.replace(checkpoint, shape=shape)
     vision, limits = checkpoint.shape.vision, (checkpoint.min_pixels, checkpoint.max_pixels)
     images = [
         parse_image(
@@ -629,7 +639,7 @@ def make_plan(
     workload = make_workload(images, min_pixels=limits[0], max_pixels=limits[1], max_new_tokens=128)
     bytes_ = None if budget is None else parse_bytes(budget, what="--vram")
     request = Request(checkpoint, workload, bytes_, allocator=allocator)
-    return search(request, load_profile(CARDS[capability]))
+    return search(request, load_profile((CARDS | OLD_CARDS)[capability]))
 
 
 def seen(blocks: Sequence[Any]) -> tuple[Any, ...]:

@@ -82,6 +82,16 @@ def test_several_images_one_after_another_and_expandable_segments_are_walked_too
     assert harness.compare(plan, harness.walk(plan, card)).wrong == ()
 
 
+@pytest.mark.parametrize(("dtype", "capability"), [("float32", "12.0"), ("float16", "7.5")])
+def test_the_memory_efficient_kernel_takes_what_the_plan_lists(
+    harness: ModuleType, dtype: str, capability: str
+) -> None:
+    plan = harness.make_plan(MODEL, "112x84", "6GB", capability, dtype=dtype)
+    assert {step.kernel for step in plan.steps} == {"efficient", None}
+    found = harness.walk(plan, harness.FakeCard(capability, 16 * GIB))
+    assert harness.compare(plan, found).wrong == ()
+
+
 @pytest.fixture(scope="module")
 def small(harness: ModuleType) -> Any:
     return harness.make_plan(MODEL, "112x84", "2GB", "12.0")
