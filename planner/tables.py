@@ -152,7 +152,7 @@ def _phase_name(plan: Plan, name: str) -> str:
 def peak(plan: Plan) -> Table:
     """What the device holds at the peak, term by term, each with its error and where it is known from."""
     prediction, unit = plan.prediction, scale(plan)
-    headings = [("alive at the peak", False), (unit.name, True), ("at most +", True)]
+    headings = [("alive at the peak", False), (unit.name, True), ("error", True)]
     made = table([*headings, ("known from", False)], gap=2)
     small = 0
     for term in prediction.terms:
@@ -161,7 +161,7 @@ def peak(plan: Plan) -> Table:
             small += term.expected_bytes
             continue
         # what follows are details and the sources' own references
-        source = re.split("[:;,(]", term.source)[0].strip()
+        source = re.split("[:;,(]| by | that ", term.source)[0].strip()
         made.add_row(term.name, unit.show(term.expected_bytes), error, source)
     if not unit.reads_zero(small):
         made.add_row("smaller terms together", unit.show(small), "", "")
