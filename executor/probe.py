@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from executor import memory
-from executor.image import PixelSource
+from executor.image import PixelSource, open_image
 from executor.probe_kernels import FULL, SHORT, Bench, Busy, kernels, sampling
 from executor.record import Record
 from planner.errors import InputError, RunFailed
@@ -85,6 +85,8 @@ def probe(
         whole = kernels(bench, torch.float32)
         on_progress("memory and files")
         rates = _rates(bench, folder, 8 * MIB if short else 256 * MIB)
+        create = _create_s(bench)
+        opening = _image_pixels_per_s(folder, 256 if short else 1536)
         drawn = sampling((640, 4096) if short else (640, 4096, 151_936), sizes.seconds)
         pixels = _pixel_values_per_s(112 if short else 448)
         del bench, buffer, keep
@@ -96,6 +98,8 @@ def probe(
         step_s=20e-6,
         copy_s=50e-6,
         first_touch_bytes_per_s=rates.first_touch,
+        create_s=create,
+        image_pixels_per_s=opening,
         stolen_share=rates.stolen_share,
     )
     found = _profile(base, measured, rates, device)
@@ -346,21 +350,58 @@ def _pixel_values_per_s(side_px: int) -> int:
     """Patch values a second that the host cuts out of an image and normalises."""
     import numpy as np
 
-    patches = (side_px // 14) ** 2
-    image = Image(
+    image = _image(side_px, side_px)
+    source = PixelSource(np.full((side_px, side_px, 3), 100, dtype=np.uint8), image)
+    out = torch.empty(image.patches, source.patch_values, dtype=torch.bfloat16)
+    source.rows(0, image.patches, out)
+    return _best(lambda: source.rows(0, image.patches, out), out.numel(), 5)
+
+
+def _create_s(bench: Bench) -> float:
+    """What the first product of a shape takes more than the second: the library makes code for it."""
+    found = []
+    weight = bench.numbers(640, 640, dtype=torch.bfloat16)
+    for rows in (97, 161, 225, 289, 353):
+        x = bench.numbers(rows, 640, dtype=torch.bfloat16)
+        out = torch.empty_like(x)
+        laps = []
+        for _ in range(3):
+            start = time.perf_counter()
+            torch.mm(x, weight.t(), out=out)
+            bench.synchronize()
+            laps.append(time.perf_counter() - start)
+        found.append(max(0.0, laps[0] - min(laps[1:])))
+    return statistics.median(found)
+
+
+def _image_pixels_per_s(folder: Path | None, side_px: int) -> int:
+    """Pixels of a file a second: decoded, and resized a little."""
+    import numpy as np
+    from PIL import Image as Pillow
+
+    to = side_px // 28 * 28 - 28
+    noise = np.random.default_rng(1).integers(0, 255, (side_px // 8, side_px // 8, 3), np.uint8)
+    image = _image(side_px, to)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-", suffix=".jpg") as file:
+        Pillow.fromarray(noise).resize((side_px, side_px)).save(file, "JPEG", quality=90)
+        file.flush()
+        open_image(Path(file.name), image)
+        return _best(lambda: open_image(Path(file.name), image), side_px**2, 3)
+
+
+def _image(source_px: int, side_px: int) -> Image:
+    """A square image; its windows matter to nobody here."""
+    side = side_px // 14
+    return Image(
         name="probe",
-        source_width_px=side_px,
-        source_height_px=side_px,
+        source_width_px=source_px,
+        source_height_px=source_px,
         width_px=side_px,
         height_px=side_px,
-        rows=side_px // 14,
-        cols=side_px // 14,
-        windows=(WindowRun(count=patches // 64, rows=64),),
+        rows=side,
+        cols=side,
+        windows=(WindowRun(count=side * side // 4, rows=4),),
     )
-    source = PixelSource(np.full((side_px, side_px, 3), 100, dtype=np.uint8), image)
-    out = torch.empty(patches, source.patch_values, dtype=torch.bfloat16)
-    source.rows(0, patches, out)
-    return _best(lambda: source.rows(0, patches, out), out.numel(), 5)
 
 
 # --- a tiny model -------------------------------------------------------------------------------------------------

@@ -146,25 +146,23 @@ class Calls:
         return seconds + self.elements("add", rows * width)
 
     def _full_image(self, patches: int, tiles: Tiles) -> float:
+        return _tiled(
+            patches,
+            tiles.query_rows,
+            lambda tile: self._full_tile(tile, patches, tiles.query_heads),
+        )
+
+    def _full_tile(self, tile: int, keys: int, query_heads: int) -> float:
+        """Keys and values of a tile's rows, and the same rows as queries."""
         shape = self.model.vision
         width, heads, size = shape.hidden, shape.heads, shape.head_dim
-
-        def keys_and_values(tile: int) -> float:
-            seconds = self.norm(tile, width) + self.product(tile, width, 2 * width, True)
-            seconds += self.elements("angles_vision", tile * size // 2)
-            return seconds + self.rows("rope_vision", tile, width, ROPE_ROWS)
-
-        def queries(tile: int) -> float:
-            seconds = self.norm(tile, width) + 2 * self.product(tile, width, width, True)
-            seconds += self.elements("angles_vision", tile * size // 2)
-            seconds += self.rows("rope_vision", tile, width, ROPE_ROWS)
-            seconds += heads * self._attend("full", size, tile, patches) + self.first("attention")
-            copies = _tiled(
-                heads, tiles.query_heads, lambda n: self.elements("copy", tile * n * size)
-            )
-            return seconds + copies + self.elements("add", tile * width)
-
-        return _tiled(patches, tiles.query_rows, lambda tile: keys_and_values(tile) + queries(tile))
+        seconds = self.norm(tile, width) + self.product(tile, width, 2 * width, True)
+        seconds += self.norm(tile, width) + 2 * self.product(tile, width, width, True)
+        seconds += 2 * self.elements("angles_vision", tile * size // 2)
+        seconds += 2 * self.rows("rope_vision", tile, width, ROPE_ROWS)
+        seconds += heads * self._attend("full", size, tile, keys) + self.first("attention")
+        seconds += _tiled(heads, query_heads, lambda n: self.elements("copy", tile * n * size))
+        return seconds + self.elements("add", tile * width)
 
     def _mlp_tile(self, rows: int, width: int, inner: int, bias: bool) -> float:
         seconds = self.norm(rows, width) + 2 * self.product(rows, width, inner, bias)
@@ -234,6 +232,50 @@ class Calls:
         if kind == "sample":
             return step_s + seconds_at(self.measured.sample, text.vocabulary) + self.first("sample")
         return step_s + (self.norm(1, text.hidden) if kind == "norm" else 0.0)
+
+    # --- before the first step --------------------------------------------------------------------------------------
+
+    def prime(self, tiles: Tiles, images: Sequence[Image], rows: int, products: int) -> float:
+        """Seconds of opening the images and of priming: one tile of each distinct size on new pages, over few keys."""
+        model, shape, text = self.model, self.model.vision, self.model.text
+        pixels = sum(image.source_width_px * image.source_height_px for image in images)
+        seconds = pixels / self.measured.image_pixels_per_s + products * self.measured.create_s
+        for image in images[:1]:
+            patches = image.patches
+            for kind in VISION:
+                scratch = vision_scratch(kind, model, tiles, (image,)).size_bytes
+                seconds += scratch * self.touch_s
+            for tile in _sizes(patches, tiles.query_rows):
+                seconds += self._full_tile(tile, min(patches, PRIMING_KEYS), tiles.query_heads)
+            for tile in _sizes(patches, tiles.vision_mlp_rows):
+                seconds += self.mlp_tile(tile, shape.hidden, shape.intermediate, True)
+            for tile in _sizes(patches, tiles.patch_rows):
+                seconds += tile * shape.patch_values / self.measured.pixel_values_per_s
+                seconds += self.product(tile, shape.patch_values, shape.hidden, False)
+            for tile in _sizes(image.tokens, tiles.merger_rows):
+                seconds += self._merger_tile(tile)
+            pieces = {
+                (p.stop - p.start, p.runs) for p in window_tiles(image.windows, tiles.window_rows)
+            }
+            seconds += sum(self.window_tile(*piece) for piece in sorted(pieces))
+        for tile in _sizes(rows, tiles.prompt_rows):
+            seconds += self.text("self_attn", tile, tile, 0)
+        for tile in _sizes(rows, tiles.prompt_mlp_rows):
+            seconds += self.mlp_tile(tile, text.hidden, text.intermediate, False)
+        for kind in ("self_attn", "text_mlp"):
+            tile = tiles.prompt_rows if kind == "self_attn" else tiles.prompt_mlp_rows
+            seconds += text_scratch(kind, model, tile, rows).size_bytes * self.touch_s
+        return seconds + self.small("lm_head", min(tiles.vocabulary_rows, text.vocabulary))
+
+
+VISION: tuple[Kind, ...] = ("patch_embed", "window_attn", "full_attn", "vision_mlp", "merger")
+PRIMING_KEYS = 1024  # executor.ops.priming_keys: at most so many
+
+
+def _sizes(rows: int, tile: int) -> list[int]:
+    """Distinct rows of the tiles."""
+    whole, rest = divmod(rows, tile)
+    return [size for size in (tile if whole else 0, rest) if size]
 
 
 def _tiled(rows: int, tile: int, seconds: Callable[[int], float]) -> float:

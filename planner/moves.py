@@ -65,7 +65,7 @@ def usual(problem: Problem) -> Variant:
     return Variant(
         name=USUAL,
         bound_bytes=found.bound_bytes,
-        seconds=found.seconds + problem.profile.start_s,
+        seconds=found.seconds + problem.start_s(found.choice.tiles),
         fits=budget is None or found.bound_bytes <= budget,
         note="all resident from the start, all rows at once",
     )

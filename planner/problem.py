@@ -70,6 +70,7 @@ class Problem:
         self.unit_sizes = lru_cache(maxsize=None)(self._unit_sizes)
         self.outside = lru_cache(maxsize=None)(self._outside)
         self.seconds = lru_cache(maxsize=None)(self._seconds)
+        self.start_s = lru_cache(maxsize=None)(self._start_s)
         self.kept_bytes = lru_cache(maxsize=None)(self._kept_bytes)
         self.fixed_context_bytes = self._fixed_context_bytes()
         ram = request.ram_bytes if request.ram_bytes is not None else profile.default_ram_bytes
@@ -142,6 +143,14 @@ class Problem:
             seen = self.workload.prompt_tokens + self.workload.max_new_tokens // 2
             return self.costs.text(kind, 1, 1, seen)
         return self.costs.small(kind, head_rows)
+
+    def _start_s(self, tiles: Tiles) -> float:
+        """Seconds from the start of the process to the first step: imports, one call of every kernel, images."""
+        images = self.workload.images
+        one_row = self.gemm_shapes(tiles, together=True)
+        products = sum(1 for rows, _, _ in one_row if rows > 1)
+        rows = self.workload.prompt_tokens
+        return self.profile.start_s + self.costs.prime(tiles, images, rows, products)
 
     def seconds_of(self, step: StepDraft, tiles: Tiles, head_rows: int) -> float:
         """Seconds of a step without waiting; in decode of a mean iteration."""

@@ -165,4 +165,6 @@ class Measured(Frozen):
     step_s: PositiveFloat  # of a step beyond its kernels: views, records, queues
     copy_s: PositiveFloat  # of a copy beyond its bytes
     first_touch_bytes_per_s: int = Field(ge=0)  # new pages of the arena, the CPU alone; else 0
+    create_s: float = Field(ge=0)  # of a product whose shape is multiplied for the first time
+    image_pixels_per_s: PositiveInt  # of image files: decoded and resized
     stolen_share: float = Field(ge=0, le=2)  # of a copy's seconds, lost by the steps beside it

@@ -159,7 +159,7 @@ def neighbours(
     if problem.on_cpu:
         fixed, cap = plan.device.context_bytes + plan.device.context_error_bytes, None
     known = _estimate(problem, bound, fixed, cap)
-    own_seconds = known.seconds if known else seconds - device.start_s
+    own_seconds = known.seconds if known else seconds - problem.start_s(plan.levers.tiles)
     step = _first_step(plan)
 
     def look(budgets: Sequence[int], sign: int) -> Neighbour | None:

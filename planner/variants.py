@@ -88,7 +88,7 @@ def variants(problem: Problem, best: Evaluated) -> tuple[Variant, ...]:
             Variant(
                 name=name,
                 bound_bytes=found.bound_bytes,
-                seconds=found.seconds + problem.profile.start_s,
+                seconds=found.seconds + problem.start_s(found.choice.tiles),
                 fits=budget is None or found.bound_bytes <= budget,
                 note="as in this plan" if same else note,
             )

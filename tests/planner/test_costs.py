@@ -50,6 +50,8 @@ def measured(**changes: Any) -> Measured:
         "copy_s": 1e-12,
         "first_touch_bytes_per_s": 0,
         "stolen_share": 1.0,
+        "create_s": 1e-12,
+        "image_pixels_per_s": 10**9,
     }
     return Measured(**{**data, **changes})
 
