@@ -71,10 +71,19 @@ def embed_tokens(run: TextRun, step: Step, w: Weights, v: Views) -> None:
 def self_attn(run: TextRun, step: Step, w: Weights, v: Views) -> None:
     """x += o_proj(causal attention of norm(x)), tile by tile over the rows of this call; K and V go to the cache."""
     tiles = list(spans(run.rows, run.tiles.prompt_rows))
-    if run.priming:
-        tiles = first_of_each(tiles, lambda tile: (tile[1] - tile[0], tile[0] > 0))
+    if run.priming and run.kernel == "cpu_flash":
+        tiles = first_of_each(tiles, _shape_of)
+    elif run.priming:
+        # of each the one with the longest past, on which it depends whether a card's kernel splits keys
+        tiles = first_of_each(tiles[::-1], _shape_of)[::-1]
     for start, stop in tiles:
         _attention_tile(run, start, stop, w, v)
+
+
+def _shape_of(tile: tuple[int, int]) -> tuple[int, bool]:
+    """Rows of a tile of the prompt, and whether there are tokens before it."""
+    start, stop = tile
+    return stop - start, start > 0
 
 
 def _attention_tile(run: TextRun, start: int, stop: int, w: Weights, v: Views) -> None:
@@ -109,8 +118,8 @@ def _attend(run: TextRun, past: int, q: Tensor, v: Views) -> None:
     rows, heads, size = q.shape
     shared = heads // shape.kv_heads
     end = past + rows
-    seen = priming_keys(past) if run.priming else past
     scale, kernel = size**-0.5, run.kernel
+    seen = priming_keys(past, kernel) if run.priming else past
     for low, high in spans(shape.kv_heads, run.tiles.prompt_heads):
         queries = q[:, low * shared : high * shared]
         target = queries.view(rows, high - low, shared, size)

@@ -56,7 +56,7 @@ class VisionRun:
     positions: int64 patch row and patch column of every row of `x`, (P,) each. unit_order: int64 (tokens,), the
     row-major index of each merge unit in window order. image_token_rows: the prompt row of the image's first token.
     frequencies: `vision_frequencies`. All on the device of the views. priming: run one tile of each distinct row
-    count, over few keys; the values left in the views mean nothing.
+    count, over as few keys as `priming_keys` says; the values left in the views mean nothing.
     """
 
     shape: ModelShape
@@ -172,7 +172,7 @@ def _query_tile(run: VisionRun, part: _Part, start: int, stop: int, w: Weights, 
     cos, sin = _angles(run, part.number, start, stop, v)
     rotate_float32(q, cos, sin, scratch=v["rope32"])
     patches = part.image.patches
-    seen = priming_keys(patches) if run.priming else patches
+    seen = priming_keys(patches, run.kernel) if run.priming else patches
     kv = v["kv"][:seen].view(seen, 2, heads, size)
     keys, values = kv.permute(1, 2, 0, 3)[:, None].unbind(0)  # (1, H, P, d)
     queries = q.transpose(0, 1)[None]  # (1, H, tile, d)

@@ -57,6 +57,8 @@ def test_one_row_is_multiplied_as_many_are(rows: int, biased: bool) -> None:
 
 
 def test_priming_sees_few_keys_with_the_same_rest() -> None:
-    assert priming_keys(700) == 700
-    assert priming_keys(42196) == 512 + 42196 % 512
-    assert priming_keys(5120) == 1024
+    assert priming_keys(700, "cpu_flash") == 700
+    assert priming_keys(42196, "cpu_flash") == 512 + 42196 % 512
+    assert priming_keys(5120, "cpu_flash") == 1024
+    # a card's kernel is another where keys are many
+    assert priming_keys(42196, "flash") == 42196
