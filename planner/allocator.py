@@ -209,6 +209,8 @@ class CachingAllocator:
         if self.limit_bytes is not None and self.reserved_bytes + segment > self.limit_bytes:
             return None
         if pool.expandable:
+            if size > self._range_bytes:
+                return None  # more than any range of addresses
             block = grow(
                 self.heap,
                 pool,

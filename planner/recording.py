@@ -20,7 +20,7 @@ from planner.heap import DEFAULT_POOL, Block, Heap, Pool, PoolId
 from planner.rollback import RANGE_BYTES, UNKNOWN, Start, roll_back
 from planner.snapshot import DeviceRecord, Event, Snapshot
 
-MADE_UP_ADDRESS = 1 << 60  # above what any driver gives
+MADE_UP_ADDRESS = 1 << 65  # above what any driver gives
 
 
 @dataclass(slots=True)
@@ -160,6 +160,7 @@ class _Run:
         _mark_pools(self.heap, record, start)
         self.attempts = _attempts(record.events)
         self.unknown_pools = 0
+        self.made_up = MADE_UP_ADDRESS
         self.latest_pool = DEFAULT_POOL  # of the last allocation
         self.refused: set[int] = (
             set()
@@ -333,7 +334,7 @@ class _Guided(_Run):
     def _grow_pages(self, event: Event, pool: Pool, size: int, maps: list[Event]) -> int:
         """Map what the rules say, count it, put it right; the address they give."""
         out = self.outcome
-        base, room = self._base(maps)
+        base, room = self._base(maps, pool, size + self.settings.page_size(pool.small))
         growth = grow(self.heap, pool, event.stream, size, new_range=lambda: (base, room))
         out.peak_reserved_predicted_bytes = max(
             out.peak_reserved_predicted_bytes, self.heap.reserved_bytes
@@ -376,43 +377,59 @@ class _Guided(_Run):
         out.peak_reserved_recorded_bytes = max(out.peak_reserved_recorded_bytes, reserved)
         out.peak_reserved_predicted_bytes = max(out.peak_reserved_predicted_bytes, reserved)
 
-    def _base(self, maps: list[Event]) -> tuple[int, int]:
+    def _base(self, maps: list[Event], pool: Pool, size: int) -> tuple[int, int]:
         """Address and size of a new expandable segment: its first page is the first that is mapped."""
-        if maps and self._inside(maps[0].address) is None:
-            found = self.start.range_of(maps[0].address)
-            assert found is not None  # the ranges were made of these events
-            return maps[0].address, found.address + found.size_bytes - maps[0].address
-        return MADE_UP_ADDRESS + len(self.heap.blocks) * RANGE_BYTES, RANGE_BYTES
+        found = self.start.range_of(maps[0].address) if maps else None
+        if found is not None and self._inside(maps[0].address) is None:
+            room = self._room(maps[0].address, found.address + found.size_bytes, pool.small)
+            if room >= size:
+                return maps[0].address, room
+        self.made_up += max(RANGE_BYTES, 2 * size)
+        return self.made_up, max(RANGE_BYTES, 2 * size)
+
+    def _room(self, address: int, end: int, small: bool) -> int:
+        """Bytes of whole pages up to `end` where no other block lies."""
+        page = self.settings.page_size(small)
+        return (self._free_until(address, end) - address) // page * page
+
+    def _free_until(self, address: int, end: int) -> int:
+        """The end of what lies free of any segment from an address on, `end` at most."""
+        behind = min((a for a in self.heap.blocks if address <= a < end), default=end)
+        return address if self._inside(address) is not None else behind
 
     def _grow_as_recorded(self, event: Event, pool_id: PoolId) -> None:
-        heap = self.heap
+        heap, out = self.heap, self.outcome
+        address, end = event.address, event.address + event.size_bytes
         if event.action == "segment_alloc":
             pool = heap.pool_of(pool_id, event.size_bytes == self.settings.page_size(small=True))
-            self._clear(event.address, event.size_bytes)
-            heap.add_segment(pool, event.stream, event.address, event.size_bytes)
+            self._clear(address)
+            doubtful = bool(out.contradictions or self.start.ranges)
+            if address == end or (doubtful and self._free_until(address, end) < end):
+                out.contradictions += 1
+                return
+            heap.add_segment(pool, event.stream, address, event.size_bytes)
             return
-        found = self.start.range_of(event.address)
-        assert found is not None  # the ranges were made of these events
-        if self._inside(event.address) is None:
-            pool = heap.pool_of(found.pool_id, found.small)
-            room = found.address + found.size_bytes - event.address
-            reserve(heap, pool, event.stream, event.address, room)
-        at, end = event.address, event.address + event.size_bytes
-        while at < end:
-            block = self._inside(at)
-            if block is None:
-                break
+        found = self.start.range_of(address)
+        if found is not None and self._inside(address) is None:
+            room = self._room(address, found.address + found.size_bytes, found.small)
+            if room:
+                reserve(heap, heap.pool_of(found.pool_id, found.small), event.stream, address, room)
+        while address < end:
+            block = self._inside(address)
+            if block is None or block.reservation is None:
+                out.contradictions += 1
+                return
             if block.mapped:
-                at = block.address + block.size_bytes
+                address = block.address + block.size_bytes
                 continue
-            if block.address < at:
+            if block.address < address:
                 block.pool.remove_unmapped(block)
-                front, block = block, heap.cut(block, at - block.address)
+                front, block = block, heap.cut(block, address - block.address)
                 front.pool.insert_unmapped(front)
                 block.pool.insert_unmapped(block)
-            pages = map_pages(heap, block, min(end - at, block.size_bytes))
+            pages = map_pages(heap, block, min(end - address, block.size_bytes))
             assert pages is not None  # nothing refuses here
-            at = pages.address + pages.size_bytes
+            address = pages.address + pages.size_bytes
 
     # --- the recording's word -------------------------------------------------------------------------------------
 
@@ -431,7 +448,9 @@ class _Guided(_Run):
         block = self._inside(address)
         if block is None:
             # in no segment: its growth was not recorded
-            return heap.add_segment(pool, event.stream, address, self.settings.segment_size(size))
+            segment = address + self.settings.segment_size(size)
+            room = self._free_until(address, segment) - address
+            return heap.add_segment(pool, event.stream, address, room)
         block = self._evict(block)
         if not block.mapped:
             found = Event("segment_map", address, size, event.stream, None, False)
@@ -474,14 +493,13 @@ class _Guided(_Run):
         block = self.heap.blocks[addresses[index - 1]]
         return block if address < block.address + block.size_bytes else None
 
-    def _clear(self, address: int, size_bytes: int) -> None:
-        """Take away segments that lie where a new one came: their end was not recorded."""
-        block = self._inside(address) if address in self.heap.blocks else None
-        while block is not None:
+    def _clear(self, address: int) -> None:
+        """Take away the segment that lies where a new one came: its end was not recorded."""
+        block = self.heap.blocks.get(address)
+        if block is not None:
             self.outcome.contradictions += 1
-            block = self._whole(block)
-            self.heap.remove_segment(block)
-            block = self.heap.blocks.get(address)
+            if block.reservation is None and block.previous is None:
+                self.heap.remove_segment(self._whole(block))
 
     def _whole(self, block: Block) -> Block:
         """A segment as one free block."""
@@ -524,7 +542,7 @@ class _Guided(_Run):
             self._unmap(pages)
             return
         block = self.heap.blocks.get(event.address)
-        if block is None:
+        if block is None or block.reservation is not None:
             self.outcome.contradictions += 1
             return
         if not block.is_free or block.is_split:
@@ -536,7 +554,8 @@ class _Guided(_Run):
         at, end = pages.address, pages.address + pages.size_bytes
         while at < end:
             block = self._inside(at)
-            if block is None:
+            if block is None or block.reservation is None:
+                self.outcome.contradictions += 1
                 return
             block = self._evict(block)
             stop = block.address + block.size_bytes
@@ -600,12 +619,13 @@ class _Free(_Run):
         block = None if index in self.refused else heap.find(pool, event.stream, size)
         if block is None and pool.expandable:
             room = max((found.size_bytes for found in self.start.ranges), default=RANGE_BYTES)
+            room = max(room, 2 * size)
             growth = grow(
                 heap,
                 pool,
                 event.stream,
                 size,
-                new_range=lambda: (self._made_up(RANGE_BYTES), room),
+                new_range=lambda: (self._made_up(max(RANGE_BYTES, 2 * room)), room),
             )
             block = growth.block
             sizes = [found.size_bytes for found in grown if found.action == "segment_map"]
@@ -661,7 +681,8 @@ class _Free(_Run):
     def _unmap(self, event: Event) -> None:
         """The first event of a release gives all whole free pages of that pool back."""
         found = self.start.range_of(event.address)
-        assert found is not None  # the ranges were made of these events
+        if found is None:
+            return  # of no size
         pool = self.heap.pool_of(found.pool_id, found.small)
         for block in list(self.heap.free_blocks(pool)):
             if block.reservation is not None and whole_pages(block).size_bytes:

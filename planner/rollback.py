@@ -93,28 +93,37 @@ class Start:
         """An allocator's blocks as they were."""
         heap = Heap(settings)
         addresses = sorted(self.live)
-        for address, segment in sorted(self.segments.items()):
-            pool = heap.pool_of(segment.pool_id or DEFAULT_POOL, segment.small)
-            pieces = self._pieces(addresses, address, address + segment.size_bytes)
-            heap.load_segment(pool, segment.stream, pieces)
-        for found in self.ranges:
-            if not found.mapped:
+        spans: list[tuple[int, int, Segment | Range]] = [
+            (address, segment.size_bytes, segment) for address, segment in self.segments.items()
+        ]
+        spans += [(found.address, found.size_bytes, found) for found in self.ranges if found.mapped]
+        end = 0
+        for address, size, segment in sorted(spans, key=lambda span: span[:2]):
+            if address < end or not size:
+                self.contradictions += 1  # lies in another one
                 continue
-            reservation = Reservation(
-                found.address, found.size_bytes, settings.page_size(found.small)
-            )
-            pieces = []
-            at = found.address
-            for start, end in found.mapped:
-                if start > at:
-                    pieces.append(Piece(at, start - at, 0, "unmapped"))
-                pieces += self._pieces(addresses, start, end)
-                at = end
-            if at < found.address + found.size_bytes:
-                pieces.append(Piece(at, found.address + found.size_bytes - at, 0, "unmapped"))
-            pool = heap.pool_of(found.pool_id, found.small)
-            heap.load_segment(pool, found.stream, pieces, reservation)
+            end = address + size
+            pool = heap.pool_of(segment.pool_id or DEFAULT_POOL, segment.small)
+            if isinstance(segment, Range):
+                reservation = Reservation(address, size, settings.page_size(segment.small))
+                pieces = self._range_pieces(addresses, segment)
+                heap.load_segment(pool, segment.stream, pieces, reservation)
+            else:
+                heap.load_segment(pool, segment.stream, self._pieces(addresses, address, end))
         return heap
+
+    def _range_pieces(self, addresses: list[int], found: Range) -> list[Piece]:
+        """As `_pieces`, with what is not mapped between."""
+        pieces = []
+        at = found.address
+        for start, end in found.mapped:
+            if start > at:
+                pieces.append(Piece(at, start - at, 0, "unmapped"))
+            pieces += self._pieces(addresses, start, end)
+            at = end
+        if at < found.address + found.size_bytes:
+            pieces.append(Piece(at, found.address + found.size_bytes - at, 0, "unmapped"))
+        return pieces
 
     def _pieces(self, addresses: list[int], start: int, end: int) -> list[Piece]:
         """Live blocks of `[start, end)` and the free ones between them."""
@@ -142,7 +151,7 @@ def roll_back(record: DeviceRecord, settings: Settings) -> Start:
     for segment in record.segments:
         if segment.expandable:
             found = start.range_of(segment.address)
-            assert found is not None  # _ranges made it
+            assert found is not None  # its addresses are among those that the ranges were made of
             found.add(segment.address, segment.address + segment.size_bytes)
         else:
             start.segments[segment.address] = Segment(
@@ -192,21 +201,33 @@ def _undo(start: Start, event: Event, index: int, bases: list[int], completes: b
         if segment is None:
             start.contradictions += 1
         else:
+            start.contradictions += segment.size_bytes != event.size_bytes
             del bases[bisect.bisect_left(bases, address)]
     elif action == "segment_free":
         if address in start.segments:
             start.contradictions += 1
         else:
+            start.contradictions += _overlaps(start, bases, event)
             bisect.insort(bases, address)
         small = event.size_bytes == SMALL_SEGMENT_BYTES
         start.segments[address] = Segment(event.size_bytes, event.stream, small, event.pool_id)
     else:
         found_range = start.range_of(address)
-        assert found_range is not None  # _ranges made it
-        if action == "segment_map":
+        if found_range is None:
+            start.contradictions += 1  # of no size
+        elif action == "segment_map":
             found_range.cut(address, address + event.size_bytes)
         else:
             found_range.add(address, address + event.size_bytes)
+
+
+def _overlaps(start: Start, bases: list[int], event: Event) -> bool:
+    """Whether a segment lies where others are."""
+    index = bisect.bisect_left(bases, event.address)
+    before = bases[index - 1] if index else None
+    return (before is not None and before + start.segments[before].size_bytes > event.address) or (
+        index < len(bases) and event.address + event.size_bytes > bases[index]
+    )
 
 
 def _pool_id(start: Start, event: Event, bases: list[int]) -> PoolId | None:
@@ -284,14 +305,17 @@ def _ranges(record: DeviceRecord, settings: Settings) -> list[Range]:
         found.pool_id = pool_id or ((UNKNOWN, index) if any(others) else DEFAULT_POOL)
     # all are as large as 1.125 times the card; drivers put them side by side, so that the least distance tells it
     distances = [following.address - found.address for found, following in pairwise(ranges)]
-    least = max((found.size_bytes for found in ranges), default=0)
+    extents = [found.size_bytes for found in ranges]
+    least = max(extents, default=0)
     size_bytes = min((d for d in distances if d >= least), default=RANGE_BYTES)
     for found in ranges:
         page = settings.page_size(found.small)
         found.size_bytes = max(-(-size_bytes // page) * page, found.size_bytes)
-    for found, following in pairwise(ranges):
+    for found, following, extent in zip(ranges, ranges[1:], extents, strict=False):
         room = (following.address - found.address) // settings.page_size(found.small)
-        found.size_bytes = min(found.size_bytes, room * settings.page_size(found.small))
+        found.size_bytes = max(
+            min(found.size_bytes, room * settings.page_size(found.small)), extent
+        )
     return ranges
 
 

@@ -52,7 +52,9 @@ _STATES: dict[str, State] = {
     "active_awaiting_free": "waiting",
     "inactive": "free",
 }
-_MOST = 2**64
+_MOST = 2**63  # of an address
+_MOST_BYTES = 2**60  # of a block: torch refuses larger requests itself
+_STREAMS = 2**64
 _ROOTS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
@@ -179,15 +181,22 @@ class _Reader:
         return value
 
     def number(
-        self, entry: Mapping[Any, Any], key: str, where: str, default: int | None = None
+        self,
+        entry: Mapping[Any, Any],
+        key: str,
+        where: str,
+        default: int | None = None,
+        *,
+        most: int = _MOST,
     ) -> int:
         value = entry.get(key, default)
         if type(value) is not int:
             if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-                return self.number({key: int(value)}, key, where)
+                return self.number({key: int(value)}, key, where, most=most)
             raise self.fail(f"{where}.{key}", "a whole number", value)
-        if not 0 <= value < _MOST:
-            raise self.fail(f"{where}.{key}", "0 to 2^64", value if abs(value) < _MOST else "more")
+        if not 0 <= value <= most:
+            found = value if abs(value) < _STREAMS else "more"
+            raise self.fail(f"{where}.{key}", f"0 to 2^{most.bit_length() - 1}", found)
         return value
 
     def stream(self, entry: Mapping[Any, Any], where: str) -> int:
@@ -196,7 +205,7 @@ class _Reader:
             raise self.fail(
                 f"{where}.stream", "a whole number", value if type(value) is not int else "more"
             )
-        return value % _MOST  # a signed pointer is the same stream
+        return value % _STREAMS  # a signed pointer is the same stream
 
     def pool_id(self, value: object, where: str) -> PoolId | None:
         if value is None:
@@ -204,7 +213,7 @@ class _Reader:
         if (
             isinstance(value, (list, tuple))
             and len(value) == 2
-            and all(type(part) is int and 0 <= part < _MOST for part in value)
+            and all(type(part) is int and 0 <= part < _STREAMS for part in value)
         ):
             return (value[0], value[1])
         raise self.fail(where, "a pool id of two whole numbers", value)
@@ -212,7 +221,7 @@ class _Reader:
     def segment(self, value: object, where: str) -> tuple[int, SegmentRecord]:
         entry = self.mapping(value, where)
         address = self.number(entry, "address", where)
-        size = self.number(entry, "total_size", where)
+        size = self.number(entry, "total_size", where, most=_MOST_BYTES)
         kind = entry.get("segment_type", "small" if size == 2 * 2**20 else "large")
         if kind not in ("small", "large"):
             raise self.fail(f"{where}.segment_type", "small or large", kind)
@@ -221,7 +230,7 @@ class _Reader:
         for index, part in enumerate(self.sequence(entry.get("blocks") or [], f"{where}.blocks")):
             here = f"{where}.blocks[{index}]"
             block = self.mapping(part, here)
-            length = self.number(block, "size", here)
+            length = self.number(block, "size", here, most=_MOST_BYTES)
             state = block.get("state")
             if not isinstance(state, str) or state not in _STATES:
                 raise self.fail(f"{here}.state", f"one of {', '.join(_STATES)}", state)
@@ -260,9 +269,9 @@ class _Reader:
             # the common case without calls: there may be millions
             if type(address) is not int or not 0 <= address < _MOST:
                 address = self.number({"addr": address}, "addr", place)
-            if type(size) is not int or not 0 <= size < _MOST:
-                size = self.number(part, "size", place)
-            if type(stream) is not int or not 0 <= stream < _MOST:
+            if type(size) is not int or not 0 <= size <= _MOST_BYTES:
+                size = self.number(part, "size", place, most=_MOST_BYTES)
+            if type(stream) is not int or not 0 <= stream < _STREAMS:
                 stream = self.stream(part, place)
             pool_id = part.get("pool_id")
             if pool_id is not None:
