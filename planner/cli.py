@@ -182,7 +182,13 @@ def _plan(options: argparse.Namespace) -> None:
     )
     if options.sweep:
         with _stdout():
-            show.show_sweep(request, device, json=options.json, picture=options.out)
+            show.show_sweep(
+                request,
+                device,
+                json=options.json,
+                picture=options.out,
+                marked=options.vram is not None,
+            )
         return
     try:
         plan = search(request, device)

@@ -63,20 +63,25 @@ def render(
     return Group(*parts)
 
 
-def render_sweep(found: Frontier, workload: Workload) -> RenderableType:
-    """Budget against seconds of one request, in 80 columns."""
+def render_sweep(
+    found: Frontier, workload: Workload, *, budget_bytes: int | None = None
+) -> RenderableType:
+    """Budget against seconds of one request, in 80 columns; the row for a budget is marked."""
+    marked = ""
+    if budget_bytes is not None:
+        marked = f" <-- is what {typed_budget(found.request, budget_bytes)} is good for."
     at_most = "at most " if workload.prompt_is_bound else ""
     tokens = f"{at_most}{workload.prompt_tokens} tokens in all, {workload.max_new_tokens} new ones"
     return Group(
         Text(f"{found.model} on {found.device}: budget against seconds", style="bold"),
         _facts([*_images(workload), ("prompt", tokens)]),
         Text(""),
-        tables.sweep(found),
+        tables.sweep(found, budget_bytes),
         Text(""),
         Text(
             "Each row is the least budget found for its seconds, start-up included; below the "
             "first nothing fits, above the last nothing is gained. "
-            f"{found.device} offers {format_gib(found.usable_bytes)}."
+            f"{found.device} offers {format_gib(found.usable_bytes)}.{marked}"
         ),
     )
 

@@ -61,9 +61,9 @@ def check_sweep(picture: Path | None, snapshot: Path | None) -> None:
 
 
 def show_sweep(
-    request: Request, device: DeviceProfile, *, json: bool, picture: Path | None
+    request: Request, device: DeviceProfile, *, json: bool, picture: Path | None, marked: bool
 ) -> None:
-    """Print budget against seconds as a table or one JSON document, and draw it where `picture` says."""
+    """Print budget against seconds as a table or one JSON document, and draw it where `picture` says. `marked`: show where the request's budget stands."""
     from planner.sweep import swept
 
     found = swept(request, device)
@@ -75,7 +75,11 @@ def show_sweep(
     if json:
         sys.stdout.write(found.dumps())
     else:
-        _print(report.render_sweep(found, request.workload))
+        _print(
+            report.render_sweep(
+                found, request.workload, budget_bytes=request.budget_bytes if marked else None
+            )
+        )
 
 
 def _blocks() -> bool:

@@ -208,13 +208,14 @@ def others(plan: Plan, cheaper: Neighbour | None, faster: Neighbour | None) -> T
     return made
 
 
-def sweep(found: Frontier) -> Table:
-    """One row per point: budget, seconds in all and by phase, and the levers in a few words."""
-    phases_ = [row.phase for row in found.points[0].phases]
-    headings = [("budget\nGiB", True), ("\nseconds", True)]
-    headings += [(f"\n{phase}", True) for phase in phases_ if phase != "load"]
-    made = table([*headings, ("units resident in vision,\nprefill, decode; slots", False)], gap=2)
+def sweep(found: Frontier, budget_bytes: int | None = None) -> Table:
+    """One row per point: budget, seconds in all and by phase, and the levers in a few words; the best one within a budget is marked."""
+    fitting = [p for p in found.points if budget_bytes and p.budget_bytes <= budget_bytes]
+    run = [row.phase for row in found.points[0].phases if row.phase != "load"]
+    headings = [("budget\nGiB", True), ("\nseconds", True), *((f"\n{name}", True) for name in run)]
+    made = table([*headings, (f"units resident in\n{', '.join(run)}; slots", False)], gap=2)
     for point in found.points:
+        words = _in_words(point) + (" <--" if fitting and point is fitting[-1] else "")
         # more than the device offers
         style = "" if point.budget_bytes <= found.usable_bytes else "dim"
         seconds = [number(row.seconds) for row in point.phases if row.phase != "load"]
@@ -222,7 +223,7 @@ def sweep(found: Frontier) -> Table:
             IN_GIB.show(point.budget_bytes),
             number(point.seconds),
             *seconds,
-            _in_words(point),
+            words,
             style=style,
         )
     return made
@@ -231,7 +232,10 @@ def sweep(found: Frontier) -> Table:
 def _in_words(point: FrontierPoint) -> str:
     """`0/66, 13/95, 26/95; 2 slots`, or that all are resident."""
     counts: dict[str, list[int]] = {}
+    run = {row.phase for row in point.phases}
     for row in point.levers.residency:
+        if row.phase not in run:
+            continue  # the vision tower, without images
         count = counts.setdefault(row.phase, [0, 0])
         count[0] += row.resident
         count[1] += row.total

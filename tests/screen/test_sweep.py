@@ -156,6 +156,15 @@ def test_a_row_of_the_sweep_says_in_few_words_what_is_resident(kit: Any, found: 
     assert re.fullmatch(r"\d+/66, \d+/\d+, \d+/\d+; \d slots?", _in_words(found.points[0]))
 
 
+def test_a_sweep_marks_what_the_budget_is_good_for(run: Any, short: None) -> None:
+    out = run(*WORDS, "--vram", "6GB").out
+    (row,) = [line.split() for line in out.splitlines() if line.endswith("<--")]
+    sizes = [float(size) for size in re.findall(r"^ +(\d+\.\d\d) ", out, re.MULTILINE)]
+    assert float(row[0]) == max(size for size in sizes if size <= 5.59)
+    assert "<-- is what 6GB (5.59 GiB) is good for" in " ".join(out.split())
+    assert "<--" not in run(*WORDS).out
+
+
 def test_sweep_as_json_is_one_document_that_reads_back(run: Any, short: None) -> None:
     outcome = run(*WORDS, "--json")
     document = Frontier.model_validate(json.loads(outcome.out))
