@@ -147,8 +147,7 @@ class Problem:
     def _start_s(self, tiles: Tiles) -> float:
         """Seconds from the start of the process to the first step: imports, one call of every kernel, images."""
         images = self.workload.images
-        one_row = self.gemm_shapes(tiles, together=True)
-        products = sum(1 for rows, _, _ in one_row if rows > 1)
+        products = sum(rows > 1 for rows, _, _ in self.gemm_shapes(tiles, together=True))
         rows = self.workload.prompt_tokens
         return self.profile.start_s + self.costs.prime(tiles, images, rows, products)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +14,10 @@ from pydantic import ValidationError
 
 from planner.calls import Calls
 from planner.costs import Costs
+from planner.errors import InputError
 from planner.fronts import START
 from planner.plan import ModelShape, Tiles
-from planner.profile import DeviceProfile, load_profile
+from planner.profile import DeviceProfile, dumps, load_profile
 from planner.rates import CALLS, PASSES, Grid, HeadDim, Kernels, Measured, seconds_at
 from planner.spec import builtin
 
@@ -226,3 +229,36 @@ def test_more_rows_take_longer(device: str, count: int) -> None:
     for kind, seconds in every_kind(costs, image).items():
         assert seconds(count + 1) > 0.97 * seconds(count), kind
         assert seconds(2 * count) > 1.0 * seconds(count), kind
+
+
+def test_a_profile_with_tables_is_the_same_after_writing_and_reading(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(dumps(toy()))
+    assert load_profile(str(path)) == toy()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("step_s",), 0, "measured.step_s"),
+        (("bits16", "product", "first"), [4, 2], "measured.bits16.product: .*ascending sizes"),
+        (("bits16", "product", "seconds"), [[1.0, 2.0]], "wanted 2 rows of 2 seconds"),
+        (("float32", "passes"), {}, "measured.float32: .*passes: wanted norm"),
+        (("float32", "passes", "norm"), [[5, 1.0], [3, 1.0]], "ascending sizes"),
+        (("bits16", "attention"), [], "measured.bits16.attention"),
+        (("bits16", "cold", "norm"), -1.0, "measured.bits16.cold.norm"),
+        (("other",), 1, "measured.other"),
+    ],
+)
+def test_a_wrong_table_is_refused_by_name(
+    place: tuple[str, ...], value: object, message: str, tmp_path: Path
+) -> None:
+    data = json.loads(dumps(toy()))
+    inner = data["measured"]
+    for name in place[:-1]:
+        inner = inner[name]
+    inner[place[-1]] = value
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputError, match=message):
+        load_profile(str(path))
