@@ -40,7 +40,7 @@ def problems(plan: Plan) -> list[str]:
     queues, found = unroll(plan)
     if not found:
         order, found = _walk(queues)
-    return found or _races(plan, queues) or _contents(plan, queues, order)
+    return found or _kept(plan, queues) or _races(plan, queues) or _contents(plan, queues, order)
 
 
 def unroll(plan: Plan) -> tuple[Queues, list[str]]:
@@ -99,6 +99,22 @@ def _walk(queues: Queues) -> tuple[list[tuple[bool, int]], list[str]]:
                 waiting = f"step {queues.steps[step][0].id} and the copies wait for each other, as {waiting}"
             return order, [waiting]
     return order, []
+
+
+def _kept(plan: Plan, queues: Queues) -> list[str]:
+    """Copies from host memory of what was not read into it, and reads into what earlier copies may still be taken from."""
+    kept = {place.unit for place in plan.host_units}
+    read: set[str] = set()
+    found = []
+    for copy, _ in queues.copies:
+        if copy.source == "host":
+            if copy.unit not in read:
+                found.append(f"{copy.id} comes from host memory, where {copy.unit} is not yet")
+        elif copy.unit in kept:
+            if copy.unit in read:
+                found.append(f"{copy.id} reads {copy.unit} anew, which is kept in host memory")
+            read.add(copy.unit)
+    return found
 
 
 def _races(plan: Plan, queues: Queues) -> list[str]:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from executor.device import Chunk, Files, Range
+from executor.host_tier import HostTier
 from executor.queues import Queued, RingPiece
+from planner.plan import HostUnit
 from tests.hostile.scheduler import LANDING, Scheduler
 
 PAGE_BYTES = 4096
@@ -165,6 +167,11 @@ class HostileDevice(Queued):
     def fill(self, chunk: Chunk, files: Files) -> None:
         super().fill(chunk, _Reads(files, self._scheduler))
 
+    def host_tier(self, units: Sequence[HostUnit]) -> HostTier:
+        self._host = _Kept(units, self._streams.pin, piece_bytes=PIECE_BYTES)
+        self._host.scheduler = self._scheduler
+        return self._host
+
     def synchronize(self) -> None:
         if not self._leaves_out("synchronize"):
             self._drain()
@@ -184,6 +191,15 @@ class HostileDevice(Queued):
         self._drain()
         self.drop_ring()
         self._arena = None
+
+
+class _Kept(HostTier):
+    """Places of kept units, into which reads take time too."""
+
+    scheduler: Scheduler
+
+    def read(self, at: int, chunk: Chunk, files: Files) -> None:
+        super().read(at, chunk, _Reads(files, self.scheduler))
 
 
 class _Reads(Files):

@@ -130,7 +130,8 @@ class _Host:
         self.timed_out = False
         self.expired = False  # its wait ended by time, and nobody else went on since
         self.failure: BaseException | None = None  # raised where it next has the baton
-        self.baton = threading.Semaphore(0)
+        self.baton = threading.Lock()  # released to give it
+        self.baton.acquire()
 
 
 class _Entry(NamedTuple):

@@ -140,6 +140,19 @@ def test_no_wait_left_out_blocks_a_run(lab: Lab) -> None:
             assert not isinstance(answer.error, Blocked | RunFailed), mutant.name
 
 
+def test_host_memory_is_read_once_and_before_anything_comes_from_it(lab: Lab) -> None:
+    plan = lab.plan("all streamed, kept in host memory")
+    assert plan.host_units
+    assert problems(plan) == []
+    kept = {place.unit for place in plan.host_units}
+    first = next(i for i, c in enumerate(plan.copies) if c.unit in kept)
+    later = next(i for i, c in enumerate(plan.copies) if c.source == "host")
+    with pytest.raises(PlanFileError, match="where .* is not yet"):
+        check_order(changed(plan, first, source="host"))
+    with pytest.raises(PlanFileError, match="anew, which is kept in host memory"):
+        check_order(changed(plan, later, source="disk"))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

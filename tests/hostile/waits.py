@@ -76,7 +76,7 @@ def mutants(plan: Plan, locations: dict[str, TensorLocation]) -> Iterator[Mutant
                 edges = {(s, place) for s in ("issued step", "copy waits") for place in chosen}
                 rounds = ((copy.id, later),)
                 yield Mutant(SORTS[3 if later else 2], name, frozenset(edges), rounds=rounds)
-    moves = sum(_moves(plan, queues, locations))
+    moves = sum(n for n, ring in _moves(plan, queues, locations) if ring)
     for sort, key, numbers in (
         (SORTS[6], "ring", range(moves - RING_PIECES)),
         (SORTS[7], "host reads", range(len(_reads(queues)))),
@@ -107,17 +107,20 @@ def _eager(plan: Plan, copy_id: str) -> Plan:
     return plan.model_copy(update={"copies": copies})
 
 
-def _moves(plan: Plan, queues: Queues, locations: dict[str, TensorLocation]) -> list[int]:
-    """How many ring pieces each copy takes."""
+def _moves(
+    plan: Plan, queues: Queues, locations: dict[str, TensorLocation]
+) -> list[tuple[int, bool]]:
+    """In how many moves each copy comes, and whether through the ring (or from a place in host memory)."""
     buffers = {buffer.name: buffer for buffer in plan.buffers}
     units = {unit.id: unit for unit in plan.units}
-    return [
-        sum(
-            len(pieces_of(chunk, PIECE_BYTES))
-            for chunk in chunks(pieces(units[copy.unit], buffers[copy.buffer], locations))
-        )
-        for copy, _ in queues.copies
-    ]
+    kept = {place.unit for place in plan.host_units}
+    found = []
+    for copy, _ in queues.copies:
+        parts = chunks(pieces(units[copy.unit], buffers[copy.buffer], locations))
+        ring = copy.unit not in kept
+        cut = sum(len(pieces_of(part, PIECE_BYTES)) for part in parts) if ring else len(parts)
+        found.append((cut, ring))
+    return found
 
 
 def _reads(queues: Queues) -> list[int]:
@@ -165,7 +168,7 @@ class Graph:
         """`first` comes before `second` as long as all the waits are there."""
         self._edges.append((first, second, waits))
 
-    def _build(self, moves: list[int]) -> None:
+    def _build(self, moves: list[tuple[int, bool]]) -> None:
         issue_prime = self._event()
         self.prime = self._event(issue_prime)
         primed = self._event(issue_prime)
@@ -176,7 +179,8 @@ class Graph:
         self.fills: list[list[int]] = []
         self.moves: list[list[int]] = []
         host, queue = first, first
-        for count in moves:
+        ring = []
+        for count, through_ring in moves:
             self.fills.append([])
             self.moves.append([])
             for _ in range(count):
@@ -184,19 +188,18 @@ class Graph:
                 queue = self._event(host, queue)
                 self.fills[-1].append(host)
                 self.moves[-1].append(queue)
-        self._ring()
+                if through_ring:
+                    ring.append((host, queue))
+        self.refills = []
+        for number, (fill, _) in enumerate(ring[RING_PIECES:]):
+            moved = ring[number][1]
+            self._edge(moved, fill, ("ring", number))
+            self.refills.append((moved, fill))
         self._steps(loaded)
         for place, after in enumerate(self._queues.after):
             if after >= 0:
                 self._edge(self.counted[after], self.fills[place][0], ("issued step", place))
                 self._edge(self.run[after], self.moves[place][0], ("copy waits", place))
-
-    def _ring(self) -> None:
-        fills = [event for events in self.fills for event in events]
-        moved = [event for events in self.moves for event in events]
-        for number, fill in enumerate(fills[RING_PIECES:]):
-            self._edge(moved[number], fill, ("ring", number))
-        self.refills = list(zip(moved, fills[RING_PIECES:], strict=False))
 
     def _steps(self, start: int) -> None:
         steps = self._queues.steps
