@@ -147,7 +147,7 @@ def test_host_memory_is_read_once_and_before_anything_comes_from_it(lab: Lab) ->
     kept = {place.unit for place in plan.host_units}
     first = next(i for i, c in enumerate(plan.copies) if c.unit in kept)
     later = next(i for i, c in enumerate(plan.copies) if c.source == "host")
-    with pytest.raises(PlanFileError, match="where .* is not yet"):
+    with pytest.raises(PlanFileError, match=r"where .* is not yet"):
         check_order(changed(plan, first, source="host"))
     with pytest.raises(PlanFileError, match="anew, which is kept in host memory"):
         check_order(changed(plan, later, source="disk"))
