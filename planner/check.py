@@ -326,11 +326,10 @@ def _peak_problems(plan: Plan) -> list[str]:
         errors = sum(term.error_bytes for term in prediction.terms)
         if prediction.expected_peak_bytes + errors != prediction.bound_peak_bytes:
             problems.append("the terms' errors do not add up to the bound's")
-    for phase in prediction.phases:
-        if phase.allocated_peak_bytes > phase.reserved_peak_bytes:
-            problems.append(f"{phase.phase}: more is allocated than reserved")
-        if device.kind == "cuda":
-            problems += _card_problems(plan, phase)
+    if device.kind == "cuda":
+        problems += [
+            problem for phase in prediction.phases for problem in _card_problems(plan, phase)
+        ]
     if device.budget_bytes is not None and prediction.bound_peak_bytes > device.budget_bytes:
         problems.append("the bound is above the budget")
     return problems
@@ -354,6 +353,8 @@ def _card_problems(plan: Plan, phase: PhasePrediction) -> list[str]:
     problems = []
     held = plan.prediction.arena_bytes + sum(block.size_bytes for block in plan.device.kept)
     own = [s.outside_bytes for s in plan.steps if phase.phase in ("load", s.phase)]
+    if phase.allocated_peak_bytes > phase.reserved_peak_bytes:
+        problems.append(f"{phase.phase}: more is allocated than reserved")
     if phase.allocated_peak_bytes < held + max(own, default=0):
         problems.append(f"{phase.phase}: allocated leaves out arena, kept blocks or the steps' own")
     if phase.expected_peak_bytes != plan.device.context_bytes + phase.reserved_peak_bytes:
