@@ -29,10 +29,11 @@ def moves(problem: Problem, best: Evaluated) -> tuple[Move, ...]:
     for name, undone in _undone(problem, best.choice):
         after = prefetch_after if undone.order == "prefetch" else None
         other = evaluate(problem, undone, prefetch_after=after)
+        started = problem.start_s(best.choice.tiles) - problem.start_s(undone.tiles)
         move = Move(
             name=name,
             saved_bytes=other.bound_bytes - best.bound_bytes,
-            paid_seconds=best.seconds - other.seconds,
+            paid_seconds=best.seconds - other.seconds + started,
         )
         if move.saved_bytes or move.paid_seconds:
             found.append(move)
