@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from planner import graph as graphs
 from planner.graph import Intervals
-from planner.layout import Layout, pack
+from planner.layout import Layout, place
 from planner.plan import (
     DTYPE_BYTES,
     Buffer,
@@ -136,7 +136,7 @@ def work_out(problem: Problem, drafted_: Draft) -> Evaluated:
     choice = drafted.choice
     lifetimes = graphs.lifetimes(graphs.build(drafted), drafted)
     buffer_sizes = {name: buffer.size_bytes for name, buffer in drafted.buffers.items()}
-    layout = pack(buffer_sizes, lifetimes)
+    layout = place(buffer_sizes, lifetimes)
     live = graphs.live_bytes(lifetimes, buffer_sizes, len(drafted.steps))
     outside = [problem.outside_of(step, choice.tiles) for step in drafted.steps]
     bytes_ = step_bytes(

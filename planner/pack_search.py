@@ -119,15 +119,18 @@ class Preference(NamedTuple):
         bool  # those of the sections with the largest sum still to come, weighed anew in every part
     )
     key: Callable[[Problem, int], tuple[int, ...]]
+    tightest_first: bool = (
+        False  # first what must lie on the lowest floor of a section without a byte to spare
+    )
 
 
 # searches differ by orders of magnitude in how soon they happen on a layout: try each a little, then longer
 PREFERENCES: Sequence[Preference] = (
     Preference(True, lambda p, i: (-p.lengths[i], -p.sizes[i])),
-    Preference(True, lambda p, i: (p.first[i] - p.last[i], -p.sizes[i])),
+    Preference(True, lambda p, i: (p.first[i] - p.last[i], -p.sizes[i]), True),
     Preference(True, lambda p, i: (-p.lengths[i] * p.sizes[i],)),
     Preference(True, lambda p, i: (-p.sizes[i],)),
-    Preference(False, lambda p, i: (p.first[i] - p.last[i],)),
+    Preference(False, lambda p, i: (p.first[i] - p.last[i],), True),
 )
 
 
@@ -144,7 +147,7 @@ class _Part(NamedTuple):
 class _Node:
     """One decision: the candidates left, and what to undo."""
 
-    __slots__ = ("back", "buffer", "candidates", "final", "low_mark", "members", "part", "rest", "rests", "section_mark")  # fmt: skip
+    __slots__ = ("back", "buffer", "candidates", "final", "is_tight", "low_mark", "members", "part", "rest", "rests", "section_mark")  # fmt: skip
 
     def __init__(
         self,
@@ -160,6 +163,7 @@ class _Node:
         self.rest = rest
         self.candidates = candidates  # (offset, index in members), the best one last
         self.rests: dict[int, list[tuple[int, int]]] = {}
+        self.is_tight = False
         self.final = False
         self.buffer = -1
         self.low_mark = self.section_mark = 0
@@ -221,7 +225,12 @@ class _Search:
             opened += 1
             if opened > limit or (opened % STOP_EVERY == 0 and stop()):
                 return Outcome(Verdict.UNDECIDED, [], opened)
-            path.append(_Node(part, members, back, rest, self._candidates(part, members, least)))
+            tight = (
+                self._tightest(part, members, least[0]) if self.preference.tightest_first else []
+            )
+            candidates = tight or self._candidates(part, members, least)
+            path.append(_Node(part, members, back, rest, candidates))
+            path[-1].is_tight = bool(tight)
             while not (placed := self._advance(path[-1])):
                 target = path.pop().back
                 if target < 0:
@@ -233,7 +242,7 @@ class _Search:
             part, rest, back = node.part, node.rest, len(path) - 1
             index, offset = placed[0], placed[1]
             members = node.members[:index] + node.members[index + 1 :]
-            least = (offset, index - 1)
+            least = (offset, -1 if node.is_tight else index - 1)
             if members and self._is_cut(node.buffer):
                 rest = self._parts(*part, back, offset, rest)
                 members = []
@@ -269,6 +278,30 @@ class _Search:
         total = self.total
         return -max([total[section] for section in self.problem.sections[buffer]])
 
+    def _tightest(
+        self, part: tuple[int, int], members: list[int], least: int
+    ) -> list[tuple[int, int]]:
+        """Candidates of one section that has no byte to spare and the lowest floor: one of them must lie on it.
+
+        Empty where no section is like that. They overlap one another, so nothing is passed over.
+        """
+        low, rest_on, floor, total = self.low, self.rest_on, self.floor, self.total
+        open_floors = [floor[s] for s in range(*part) if total[s]]
+        lowest = max(least, min(open_floors))
+        fewest: list[int] = []
+        for section in range(*part):
+            if floor[section] <= lowest and total[section] == self.height - lowest:
+                found = [
+                    i
+                    for i in self.problem.members[section]
+                    if low[i] == lowest and rest_on[i] == lowest
+                ]
+                if not fewest or len(found) < len(fewest):
+                    fewest = found
+        if not fewest:
+            return []
+        return sorted([(lowest, members.index(i)) for i in fewest], reverse=True)
+
     def _candidates(
         self, part: tuple[int, int], members: list[int], least: tuple[int, int]
     ) -> list[tuple[int, int]]:
@@ -294,7 +327,7 @@ class _Search:
             buffer = node.members[index]
             if offset + max([total[section] for section in sections[buffer]]) > height:
                 continue
-            passed_over = self._passed_over(node, index, offset)
+            passed_over = [] if node.is_tight else self._passed_over(node, index, offset)
             if self._place(node, buffer, offset) and self._lift(passed_over, offset):
                 return index, offset
             self._undo(node)

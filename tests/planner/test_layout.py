@@ -6,7 +6,7 @@ from itertools import permutations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.layout import Layout, pack
+from planner.layout import Layout, place
 
 UNIT = 512
 Spans = dict[str, tuple[tuple[int, int], ...]]
@@ -59,7 +59,7 @@ def test_buffers_alive_together_share_no_byte(
 ) -> None:
     sizes = {str(i): size * UNIT for i, (size, _) in enumerate(drawn)}
     lives = {str(i): life for i, (_, life) in enumerate(drawn)}
-    layout = pack(sizes, lives)
+    layout = place(sizes, lives)
     verify(layout, sizes, lives)
     slow = [sum(sizes[n] for n in lives if intersect(lives[n], ((i, i + 1),))) for i in range(13)]
     assert layout.lower_bound_bytes == max(slow) <= layout.height_bytes
@@ -76,7 +76,7 @@ def test_small_instances_pack_as_low_as_trying_every_order() -> None:
         for name in sizes:
             birth = draw.randint(0, 8)
             lives[name] = ((birth, birth + draw.randint(1, 5)),)
-        layout = pack(sizes, lives)
+        layout = place(sizes, lives)
         verify(layout, sizes, lives)
         best = brute_force(sizes, lives)
         assert best <= layout.height_bytes <= best * 4 / 3
@@ -87,21 +87,21 @@ def test_small_instances_pack_as_low_as_trying_every_order() -> None:
 def test_nested_lifetimes_reach_the_lower_bound() -> None:
     sizes = {str(i): (7 * i % 5 + 1) * UNIT for i in range(20)}
     lives: Spans = {str(i): ((i, 40 - i),) for i in range(20)}
-    layout = pack(sizes, lives)
+    layout = place(sizes, lives)
     assert layout.height_bytes == layout.lower_bound_bytes == sum(sizes.values())
 
 
 def test_phases_one_after_another_reach_the_larger_of_the_two() -> None:
     sizes = {"vision": 5 * UNIT, "llm": 9 * UNIT, "both": UNIT}
     lives: Spans = {"vision": ((0, 3),), "llm": ((3, 9),), "both": ((0, 9),)}
-    assert pack(sizes, lives).height_bytes == 10 * UNIT
+    assert place(sizes, lives).height_bytes == 10 * UNIT
 
 
 def test_a_buffer_with_a_gap_lends_its_bytes_meanwhile() -> None:
     sizes = {"slot": 4 * UNIT, "guest": 4 * UNIT}
     lives: Spans = {"slot": ((0, 2), (5, 7)), "guest": ((2, 5),)}
-    assert pack(sizes, lives).height_bytes == 4 * UNIT
+    assert place(sizes, lives).height_bytes == 4 * UNIT
 
 
 def test_nothing_takes_nothing() -> None:
-    assert pack({}, {}) == Layout({}, 0, 0)
+    assert place({}, {}) == Layout({}, 0, 0)
