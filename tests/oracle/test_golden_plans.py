@@ -164,7 +164,7 @@ def test_a_slot_refilled_too_early_is_noticed(golden: Any, monkeypatch: pytest.M
     )
     plan = good.model_copy(update={"copies": copies})
     assert any("before its last use" in problem for problem in check(plan))
-    with pytest.raises(PlanFileError, match="do not wait for each other"):
+    with pytest.raises(PlanFileError, match="may begin before staging"):
         golden.run(plan)
     monkeypatch.setattr("executor.prepare.check_order", lambda plan: None)
 
