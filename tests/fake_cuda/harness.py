@@ -12,9 +12,11 @@ import ctypes
 import dataclasses
 import functools
 import os
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -156,6 +158,10 @@ class FakeCard:
     capability: str
     total_bytes: int
     alloc_conf: str = ""
+    others_bytes: int = 0  # of other programs
+    nvml: str | None = (
+        None  # what the driver's library tells: "process", "card", or it is not there
+    )
     complaints: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -163,6 +169,8 @@ class FakeCard:
         self.trace = Trace()
         self.allocated = self.allocated_peak = self.reserved_peak = 0
         self.fraction = 1.0
+        self.context_bytes = 0
+        self.paged_bytes = 0  # what the driver keeps in host memory instead
         self.workspaces: dict[str, Any] = {}
         self.streams = [FakeStream(self, "compute")]
         self.names: list[str] = []
@@ -223,7 +231,6 @@ class FakeCard:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Inside, torch.cuda is this card, tensors are fake, and what is allocated on `cuda:0` is noted."""
-        held = lambda: CONTEXT_BYTES + self.allocator.reserved_bytes  # noqa: E731
         cuda = {
             "is_available": lambda: True,
             "init": lambda: None,
@@ -235,12 +242,13 @@ class FakeCard:
                 int(part) for part in self.capability.split(".")
             ),
             "get_allocator_backend": lambda: "native",
-            "Stream": lambda device=None: FakeStream(self, "copy"),
+            "get_device_properties": lambda device=None: mock.Mock(uuid="0"),
+            "Stream": self._stream,
             "Event": FakeEvent,
             "current_stream": lambda device=None: self.streams[0],
             "stream": self.on,
             "synchronize": lambda device=None: None,
-            "mem_get_info": lambda device=None: (self.total_bytes - held(), self.total_bytes),
+            "mem_get_info": lambda device=None: (self.free_bytes(), self.total_bytes),
             "memory_allocated": lambda device=None: self.allocated,
             "max_memory_allocated": lambda device=None: self.allocated_peak,
             "memory_reserved": lambda device=None: self.allocator.reserved_bytes,
@@ -251,6 +259,7 @@ class FakeCard:
         }
         with contextlib.ExitStack() as stack:
             stack.enter_context(cuda_guard())
+            stack.enter_context(_module("pynvml", None if self.nvml is None else _nvml(self)))
             for name, stand_in in cuda.items():
                 stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
             backends, settings = torch.backends.cuda, self.allocator.settings
@@ -270,6 +279,16 @@ class FakeCard:
             stack.enter_context(Watch(self, stack.enter_context(FakeTensorMode())))
             yield
 
+    def _stream(self, device: Any = None) -> FakeStream:
+        self.context_bytes = CONTEXT_BYTES
+        return FakeStream(self, "copy")
+
+    def held_bytes(self) -> int:
+        return self.context_bytes + self.allocator.reserved_bytes - self.paged_bytes
+
+    def free_bytes(self) -> int:
+        return self.total_bytes - self.others_bytes - self.held_bytes()
+
     def _set_fraction(self, fraction: float, device: Any = None) -> None:
         self.fraction = fraction
 
@@ -283,6 +302,39 @@ class FakeCard:
             and size <= 256
             and size % 8 == 0
         )
+
+
+@contextlib.contextmanager
+def _module(name: str, stand_in: Any) -> Iterator[None]:
+    """Inside, importing the module gives the stand-in, or fails where there is none. Other modules stay imported."""
+    before = sys.modules.get(name)
+    sys.modules[name] = stand_in
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        if before is not None:
+            sys.modules[name] = before
+
+
+class NvmlError(Exception):
+    pass
+
+
+def _nvml(card: FakeCard) -> Any:
+    """The driver's library: bytes by process where it tells them, else of the whole card."""
+    own = card.nvml == "process"
+    return SimpleNamespace(
+        NVMLError=NvmlError,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(free=card.free_bytes()),
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: [
+            SimpleNamespace(pid=1, usedGpuMemory=card.others_bytes),
+            SimpleNamespace(pid=os.getpid(), usedGpuMemory=card.held_bytes() if own else None),
+        ],
+    )
 
 
 class _Params(NamedTuple):

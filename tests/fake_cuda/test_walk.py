@@ -13,7 +13,7 @@ import torch
 
 from executor import prepare
 from executor.device import Chunk, Files
-from planner.errors import KernelRefused, PlanFileError
+from planner.errors import KernelRefused, OutOfMemory, PlanFileError
 from planner.units import GIB, MIB
 
 MODEL, IMAGE = "3b", "308x196"  # 22 x 14 patches: windows cut at the right and at the bottom
@@ -182,6 +182,46 @@ def test_the_cap_leaves_the_budget_less_the_context_to_the_allocator(harness: Mo
         assert abs(limit - (4 * GIB - harness.CONTEXT_BYTES)) < 512
         device.close()
         assert card.fraction == 1.0
+
+
+@pytest.mark.parametrize(
+    ("nvml", "counted", "note"),
+    [
+        ("process", 0, None),
+        ("card", 0, "less than before the start"),
+        (None, GIB, "the whole card's"),
+    ],
+)
+def test_what_other_programs_hold_is_told_apart_where_the_driver_tells(
+    harness: ModuleType, nvml: str | None, counted: int, note: str | None
+) -> None:
+    from executor.cuda import CudaDevice
+
+    card = harness.FakeCard("12.0", 16 * GIB, others_bytes=GIB, nvml=nvml)
+    with card.installed():
+        device = CudaDevice()
+        device.allocate_arena(64 * MIB)
+        assert device.context_bytes() == harness.CONTEXT_BYTES + counted
+        assert device.peak_bytes() == harness.CONTEXT_BYTES + 64 * MIB + counted
+        assert device.allocator_peaks() == (64 * MIB, 64 * MIB)
+        notes = device.notes()
+        assert notes == () if note is None else note in notes[0]
+        device.close()
+
+
+def test_a_driver_that_keeps_the_card_s_memory_on_the_host_is_refused(harness: ModuleType) -> None:
+    from executor.cuda import CudaDevice
+
+    card = harness.FakeCard("12.0", 16 * GIB)
+    with card.installed():
+        device = CudaDevice()
+        device.allocate_arena(4 * GIB)
+        device.context_bytes()
+        card.paged_bytes = GIB
+        with pytest.raises(OutOfMemory, match="keeps the rest in host memory"):
+            device.context_bytes()
+        card.paged_bytes = 0
+        device.close()
 
 
 def test_settings_in_effect_other_than_the_plans_are_refused_at_the_start(
