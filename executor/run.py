@@ -75,8 +75,9 @@ def run(plan: Plan, request: Request, device: Device | None = None) -> Result:
             stack.callback(arena.close)
             shape = (plan.model.text.vocabulary, plan.model.text.hidden)
             embeddings = stack.enter_context(closing(EmbeddingRows(request.locations, shape)))
-            runs = make_runs(plan, prompt, device, embeddings)
-            device.reserve_outside(max((step.outside_bytes for step in plan.steps), default=0))
+            with memory_errors("positions and the room for kernels' blocks"):
+                runs = make_runs(plan, prompt, device, embeddings)
+                device.reserve_outside(max((step.outside_bytes for step in plan.steps), default=0))
             prime(plan, arena, runs, prompt, sampling)
             device.synchronize()
             context_bytes = device.context_bytes()

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_map_only
 
 from planner.allocator import CachingAllocator
 from planner.allocator_settings import parse_settings
+from planner.errors import OutOfMemory
 from planner.simulate import card_bytes
 
 CUDA, META = 1, 14  # c10/core/DeviceType.h
@@ -165,7 +166,9 @@ class FakeCard:
     complaints: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.allocator = CachingAllocator(parse_settings(self.alloc_conf))
+        free_bytes = self.total_bytes - self.others_bytes - CONTEXT_BYTES
+        settings = parse_settings(self.alloc_conf)
+        self.allocator = CachingAllocator(settings, free_bytes=free_bytes)
         self.trace = Trace()
         self.allocated = self.allocated_peak = self.reserved_peak = 0
         self.fraction = 1.0
@@ -177,7 +180,10 @@ class FakeCard:
 
     # memory, as the allocator has it
     def take(self, size_bytes: int) -> Any:
-        block = self.allocator.malloc(size_bytes)
+        try:
+            block = self.allocator.malloc(size_bytes)
+        except OutOfMemory as error:
+            raise torch.OutOfMemoryError(str(error)) from None
         self.allocated += block.size_bytes
         self.allocated_peak = max(self.allocated_peak, self.allocated)
         self.reserved_peak = max(self.reserved_peak, self.allocator.reserved_bytes)

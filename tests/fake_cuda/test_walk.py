@@ -209,6 +209,27 @@ def test_what_other_programs_hold_is_told_apart_where_the_driver_tells(
         device.close()
 
 
+def test_an_arena_that_the_card_has_no_room_for_is_refused_with_the_numbers(
+    harness: ModuleType,
+) -> None:
+    from executor.cuda import CudaDevice
+
+    card = harness.FakeCard("12.0", 16 * GIB, others_bytes=12 * GIB)
+    with card.installed():
+        device = CudaDevice()
+        with pytest.raises(
+            OutOfMemory, match=r"needs 4.00 GiB; the card has 3.51 GiB of 16.00 GiB"
+        ):
+            device.allocate_arena(4 * GIB)
+        device.allocate_arena(3 * GIB)
+        with (
+            pytest.raises(OutOfMemory, match="room: memory was refused"),
+            prepare.memory_errors("room"),
+        ):
+            device.reserve_outside(GIB)
+        device.close()
+
+
 def test_a_driver_that_keeps_the_card_s_memory_on_the_host_is_refused(harness: ModuleType) -> None:
     from executor.cuda import CudaDevice
 
