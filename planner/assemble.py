@@ -134,7 +134,7 @@ def work_out(problem: Problem, drafted_: Draft) -> Evaluated:
     model, workload, profile = problem.model, problem.workload, problem.profile
     drafted, step_seconds, copy_seconds, time = drafted_
     choice = drafted.choice
-    lifetimes = graphs.lifetimes(graphs.build(drafted), drafted)
+    lifetimes = graphs.lifetimes_of(drafted)
     buffer_sizes = {name: buffer.size_bytes for name, buffer in drafted.buffers.items()}
     layout = place(buffer_sizes, lifetimes)
     live = graphs.live_bytes(lifetimes, buffer_sizes, len(drafted.steps))

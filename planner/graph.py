@@ -11,6 +11,7 @@ weights), and every staging slot of the loop, is carried from one iteration to t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import networkx as nx
@@ -71,6 +72,32 @@ def lifetimes(graph: nx.DiGraph, program: Program) -> dict[str, Intervals]:
     for buffer in _carried(program):
         intervals[buffer].append(loop)
     return {name: _merge(found) for name, found in intervals.items()}
+
+
+class _Structure:
+    """A program by what its graph depends on: names, waits and starts, no sizes."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        copies = frozenset((c.id, c.phase, c.buffer, c.after, c.wraps) for c in program.copies)
+        self.key = (program.steps, copies, tuple(program.buffers), program.decode_start)
+        self.hash = hash(self.key)
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Structure) and self.key == other.key
+
+
+@lru_cache(maxsize=8)
+def _remembered(structure: _Structure) -> dict[str, Intervals]:
+    return lifetimes(build(structure.program), structure.program)
+
+
+def lifetimes_of(program: Program) -> dict[str, Intervals]:
+    """`lifetimes` of the program's graph; of programs that differ in tiles alone it is built once."""
+    return dict(_remembered(_Structure(program)))
 
 
 def _carried(program: Program) -> set[str]:

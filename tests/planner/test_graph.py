@@ -6,7 +6,7 @@ import networkx as nx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.graph import Tensor, build, lifetimes, live_bytes
+from planner.graph import Tensor, build, lifetimes, lifetimes_of, live_bytes
 from planner.plan import Phase
 from planner.schedule import BufferDraft, CopyDraft, Program, StepDraft
 
@@ -150,3 +150,18 @@ def test_live_bytes_are_the_sum_over_live_buffers(
         for i in range(10)
     ]
     assert live_bytes(spans, sizes, 10) == slow
+
+
+def test_lifetimes_that_are_remembered_are_those_of_the_program_asked_for(kit: Any) -> None:
+    steps = [
+        step("a", "", "x"),
+        step("b", "x", "x"),
+        step("c", "x", "", weights="slot", waits="copy:c"),
+    ]
+    late, early = (program(kit, steps, (copy("copy:c", "slot", after, 2),)) for after in (1, -1))
+    for asked in (late, early, late):
+        assert lifetimes_of(asked) == lifetimes(build(asked), asked)
+    assert lifetimes_of(late)["slot"] != lifetimes_of(early)["slot"]
+    changed = lifetimes_of(late)
+    changed.clear()
+    assert lifetimes_of(late)
