@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import NamedTuple
 
 from planner import graph as graphs
@@ -165,14 +163,18 @@ def work_out(problem: Problem, drafted_: Draft) -> Evaluated:
         card = None
         workspace_error = blocks_error = 0
     else:
-        scratch = max(step.outside for step in bytes_)
-        card = _on_card(problem, layout.height_bytes, outside, scratch)
+        card = card_bytes(
+            layout.height_bytes,
+            problem.kept,
+            outside,
+            scratch_bytes=max(step.outside for step in bytes_),
+            alloc_conf=problem.alloc_conf,
+        )
         # the arena and all that is kept are taken before the first weight is read
         load = context + card.reserved
         expected = [load] * len(bytes_)
-        doubled = [_declared_doubled(blocks) for blocks in outside]
-        more = _on_card(problem, layout.height_bytes, doubled, scratch).reserved - card.reserved
-        workspace_error, blocks_error = WORKSPACE_ERROR_BYTES, more + BLOCKS_ERROR_BYTES
+        workspace_error = WORKSPACE_ERROR_BYTES
+        blocks_error = BLOCKS_ERROR_BYTES + card.doubled - card.reserved
     return Evaluated(
         choice=choice,
         program=drafted,
@@ -191,29 +193,6 @@ def work_out(problem: Problem, drafted_: Draft) -> Evaluated:
         card=card,
         workspace_error_bytes=workspace_error,
         blocks_error_bytes=blocks_error,
-    )
-
-
-def _on_card(
-    problem: Problem,
-    arena_bytes: int,
-    outside: Sequence[tuple[Outside, ...]],
-    scratch_bytes: int,
-) -> CardBytes:
-    conf = problem.alloc_conf
-    return card_bytes(
-        arena_bytes, problem.kept, outside, scratch_bytes=scratch_bytes, alloc_conf=conf
-    )
-
-
-@lru_cache(maxsize=1024)
-def _declared_doubled(blocks: tuple[Outside, ...]) -> tuple[Outside, ...]:
-    """The same blocks, those that no walk sees at twice their size."""
-    if not any(block.declared for block in blocks):
-        return blocks
-    return tuple(
-        block.model_copy(update={"size_bytes": 2 * block.size_bytes}) if block.declared else block
-        for block in blocks
     )
 
 
@@ -268,9 +247,7 @@ def _host_bytes(problem: Problem, drafted: Program) -> list[int]:
     return host
 
 
-def _copy_seconds(
-    problem: Problem, drafted: Program
-) -> tuple[dict[str, float], dict[str, float]]:
+def _copy_seconds(problem: Problem, drafted: Program) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds of each copy, and seconds that it steals from the steps beside it."""
     seen: set[str] = set()
     touched: set[str] = set()

@@ -185,6 +185,7 @@ class CardBytes(NamedTuple):
     """What the caching allocator does with a plan's blocks: bytes reserved to the end, and bytes allocated at most in each step."""
 
     reserved: int
+    doubled: int  # reserved if all declared blocks were twice as large
     start: int  # reserved before the first step; the same as `reserved` where the steps find their room
     start_allocated: int  # at most, before the first step
     allocated: list[int]
@@ -215,7 +216,11 @@ def card_bytes(
     distinct = {id(blocks): blocks for blocks in outside}  # equal steps share theirs
     most = {key: base + _replayed_peak(allocator, blocks) for key, blocks in distinct.items()}
     allocated = [most[id(blocks)] for blocks in outside]
-    return CardBytes(allocator.reserved_bytes, start, start_allocated, allocated)
+    reserved = allocator.reserved_bytes
+    for blocks in distinct.values():
+        if any(block.declared for block in blocks):
+            _replayed_peak(allocator, blocks, declared=2)
+    return CardBytes(reserved, allocator.reserved_bytes, start, start_allocated, allocated)
 
 
 @lru_cache(maxsize=8)
@@ -223,8 +228,13 @@ def _settings(alloc_conf: str) -> Settings:
     return parse_settings(alloc_conf)
 
 
-def _replayed_peak(allocator: CachingAllocator, blocks: Sequence[Outside]) -> int:
-    """The most bytes allocated at once while a step's blocks are taken and given back in their order."""
+def _replayed_peak(
+    allocator: CachingAllocator, blocks: Sequence[Outside], *, declared: int = 1
+) -> int:
+    """The most bytes allocated at once while a step's blocks are taken and given back in their order.
+
+    Declared ones at `declared` times their size.
+    """
     held: list[tuple[int, Block]] = []
     allocated = most = 0
     for number, block in enumerate(blocks):
@@ -233,7 +243,7 @@ def _replayed_peak(allocator: CachingAllocator, blocks: Sequence[Outside]) -> in
                 allocated -= given.size_bytes
                 allocator.release(given)
         held = [(death, given) for death, given in held if death > number]
-        taken = allocator.malloc(block.size_bytes)
+        taken = allocator.malloc(block.size_bytes * (declared if block.declared else 1))
         held.append((block.death, taken))
         allocated += taken.size_bytes
         most = max(most, allocated)
