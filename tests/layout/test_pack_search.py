@@ -117,3 +117,19 @@ def test_a_plan_s_buffers_reach_the_bound_where_first_fit_does_not(partition: Cu
     layout = place(sizes, lives)
     assert layout.height_bytes == layout.lower_bound_bytes == 2**20
     assert layout == place(sizes, lives)
+
+
+def test_a_buffer_passed_over_may_rest_on_what_was_placed_instead() -> None:
+    """Whoever forgets that finds this one impossible."""
+    sizes = [8, 5, 2, 5, 6, 7, 6, 1, 2, 3, 3, 5, 8]
+    lives: list[Intervals] = [
+        (span,)
+        for span in [(1, 14), (1, 8), (0, 9), (3, 7), (8, 14), (1, 13), (7, 9)]
+        + [(4, 13), (4, 12), (6, 12), (2, 13), (9, 13), (2, 4)]
+    ]
+    problem = make_problem(sizes, lives)
+    for preference in PREFERENCES:
+        chosen = preference._replace(tightest_first=False)
+        verdict = fit(problem, problem.lower_bound, chosen, nodes=10_000).verdict
+        assert verdict is not Verdict.IMPOSSIBLE
+    assert fit(problem, problem.lower_bound, PREFERENCES[3], nodes=100).verdict is Verdict.FOUND
