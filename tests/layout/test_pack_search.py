@@ -122,11 +122,9 @@ def test_a_plan_s_buffers_reach_the_bound_where_first_fit_does_not(partition: Cu
 def test_a_buffer_passed_over_may_rest_on_what_was_placed_instead() -> None:
     """Whoever forgets that finds this one impossible."""
     sizes = [8, 5, 2, 5, 6, 7, 6, 1, 2, 3, 3, 5, 8]
-    lives: list[Intervals] = [
-        (span,)
-        for span in [(1, 14), (1, 8), (0, 9), (3, 7), (8, 14), (1, 13), (7, 9)]
-        + [(4, 13), (4, 12), (6, 12), (2, 13), (9, 13), (2, 4)]
-    ]
+    births = [1, 1, 0, 3, 8, 1, 7, 4, 4, 6, 2, 9, 2]
+    deaths = [14, 8, 9, 7, 14, 13, 9, 13, 12, 12, 13, 13, 4]
+    lives: list[Intervals] = [(life,) for life in zip(births, deaths, strict=True)]
     problem = make_problem(sizes, lives)
     for preference in PREFERENCES:
         chosen = preference._replace(tightest_first=False)
