@@ -4,33 +4,40 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
+import shlex
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import planner
-from planner.errors import DoesNotFit, InputError, RunFailed, StowplanError
-from planner.plan import Plan
-from planner.units import format_gib, format_seconds
+from planner.errors import DoesNotFit, InputError, LessIsFree, RunFailed, StowplanError
+from planner.files import check_target
+from planner.signals import Interrupted, ending_signals
+from planner.units import MIB, format_gib, format_seconds
 
+# what takes time to import comes inside the functions, so that an interrupt meanwhile is one line, too
 if TYPE_CHECKING:
     from rich.console import Console
 
     from executor.prepare import Request
     from executor.run import Result
+    from planner.plan import Plan
     from planner.spec import Checkpoint
 
 PASSED_BUDGET, INTERRUPTED = 4, 130
+# options of a plan's command that a plan made anew keeps; the others are given by the run
+KEPT = (
+    *("--device", "--ram", "--allocator"),
+    *("--max-pixels", "--max-new-tokens", "--context-tokens"),
+)
 PLAN_COMMAND = (
     "import sys; sys.path[0] = sys.argv.pop(1); from planner.cli import main; sys.exit(main())"
 )
 
 EPILOG = """\
 exit codes: 0 ran, 1 the run failed, 2 usage or bad input, 3 the plan does not fit (any more),
-4 ran but passed the budget, 130 interrupted
+4 ran but passed the budget, 130 interrupted (143 by SIGTERM, 129 by SIGHUP)
 """
 
 
@@ -44,13 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # numpy asks for huge pages for arrays of 4 MiB and more, also on the heap: what is freed there would stay resident
     os.environ.setdefault("NUMPY_MADVISE_HUGEPAGE", "0")
     try:
-        return _main(sys.argv[1:] if arguments is None else arguments)
+        with ending_signals(for_good=arguments is None):
+            return _main(sys.argv[1:] if arguments is None else arguments)
     except StowplanError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except MemoryError as error:
+        print(f"error: memory was refused: {str(error) or 'no more is known'}", file=sys.stderr)
+        return RunFailed.exit_code
+    except KeyboardInterrupt as error:
         print("interrupted; everything was released, nothing half written", file=sys.stderr)
-        return INTERRUPTED
+        return error.exit_code if isinstance(error, Interrupted) else INTERRUPTED
     except BrokenPipeError:
         # whoever read the answer has gone; without this Python complains once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -64,9 +75,18 @@ def _main(arguments: Sequence[str]) -> int:
     if options.probe:
         return _probe(options)
     _check_options(options)
+    from planner.plan import Plan
+
     checkpoint = _checkpoint(options)
     plan = Plan.load(options.plan) if options.plan else _plan_on_the_spot(options)
-    return _execute(options, plan, checkpoint)
+    try:
+        return _execute(options, plan, checkpoint)
+    except LessIsFree as error:
+        if not options.replan:
+            raise
+        if not options.quiet:
+            print(f"note: {str(error).splitlines()[0]}; planning anew", file=sys.stderr)
+        return _execute(options, _plan_anew(options, plan, error.budget_bytes), checkpoint)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,6 +150,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="watch every step's peak, writes and allocations (slower)",
     )
+    add(
+        "--replan",
+        action="store_true",
+        help="where less memory is free now than the plan needs, plan anew for what is free, and run that",
+    )
     add("--quiet", action="store_true", help="only the answer and errors")
     add("--download", action="store_true", help="fetch --model from the hub first")
     add(
@@ -179,10 +204,8 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 def _check_target(option: str, path: Path | None) -> None:
-    if path is not None and not path.parent.is_dir():
-        raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
-    if path is not None and path.exists() and not path.is_file():
-        raise InputError(f"{option} {path}: wanted the name of a file, found a folder or a device")
+    if path is not None:
+        check_target(option, path)
 
 
 def _checkpoint(options: argparse.Namespace) -> Checkpoint:
@@ -200,39 +223,66 @@ def _checkpoint(options: argparse.Namespace) -> Checkpoint:
 
 
 def _plan_on_the_spot(options: argparse.Namespace) -> Plan:
-    """The plan for these images and this prompt, made by `plan` in a process of its own.
-
-    What the search imports and leaves in the heap would otherwise stay in this process, and the plan's own context is
-    predicted without it.
-    """
     if options.device == "cuda":
         raise InputError(
             "--vram with --device cuda: the card's profile is not known here; "
             "make a plan with: plan --device NAME --out plan.json"
         )
+    new_tokens = 128 if options.max_new_tokens is None else options.max_new_tokens
+    return _plan_beside(
+        options, f"--vram={options.vram}", f"--max-new-tokens={new_tokens}", "--device=cpu"
+    )
+
+
+def _plan_anew(options: argparse.Namespace, plan: Plan, budget_bytes: int) -> Plan:
+    """The plan that the plan's own command makes for another budget, with the checkpoint, images and prompt of this run."""
+    if budget_bytes < MIB:
+        raise DoesNotFit("nothing is free on the device, so there is nothing to plan for")
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    for name in KEPT:
+        parser.add_argument(name)
+    kept, _ = parser.parse_known_args(shlex.split(plan.request))
+    return _plan_beside(
+        options,
+        f"--vram={budget_bytes // MIB}MiB",
+        *(
+            f"{name}={value}"
+            for name, value in zip(KEPT, vars(kept).values(), strict=True)
+            if value is not None
+        ),
+    )
+
+
+def _plan_beside(options: argparse.Namespace, *words: str) -> Plan:
+    """The plan for these images and this prompt, made by `plan` in a process of its own.
+
+    What the search imports and leaves in the heap would otherwise stay in this process, and the plan's own context is
+    predicted without it.
+    """
+    import subprocess
+
+    from planner.plan import Plan
+
     # a file that is called 3840x2160 is still a file
     images = [str(path) if path.is_absolute() else f"./{path}" for path in options.image]
-    new_tokens = 128 if options.max_new_tokens is None else options.max_new_tokens
-    with tempfile.TemporaryDirectory(prefix="execute-") as folder:
-        out = Path(folder) / "plan.json"
-        arguments = [
-            # with = also for a prompt that begins with a dash
-            *(f"--vram={options.vram}", f"--model={options.model}", f"--prompt={options.prompt}"),
-            *(f"--image={name}" for name in images or ["none"]),
-            *(f"--max-new-tokens={new_tokens}", "--device=cpu", f"--out={out}", "--json"),
-        ]
-        # the same planner as this one, whatever lies in the working directory
-        root = str(Path(planner.__file__).resolve().parent.parent)
-        done = subprocess.run(
-            [sys.executable, "-c", PLAN_COMMAND, root, *arguments],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            errors="replace",
-            env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-        )
-        if done.returncode == 0:
-            return Plan.load(out)
+    arguments = [
+        # with = also for a prompt that begins with a dash
+        *(f"--model={options.model}", f"--prompt={options.prompt}"),
+        *(f"--image={name}" for name in images or ["none"]),
+        *(*words, "--json"),
+    ]
+    # the same planner as this one, whatever lies in the working directory
+    root = str(Path(planner.__file__).resolve().parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", PLAN_COMMAND, root, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )
+    if done.returncode == 0:
+        return Plan.loads(done.stdout, name="the plan made on the spot")
     message = done.stderr.strip()
     if message.startswith("error: "):
         kinds = {InputError.exit_code: InputError, DoesNotFit.exit_code: DoesNotFit}

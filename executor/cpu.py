@@ -43,7 +43,7 @@ class CpuDevice:
     # memory
     def allocate_arena(self, size_bytes: int) -> Tensor:
         self._size_bytes, size_bytes = size_bytes, _up(size_bytes)
-        available = memory.available_bytes()
+        available = self.free_bytes()
         if available is not None and size_bytes > available:
             raise OutOfMemory(
                 f"the arena needs {format_gib(size_bytes)}, the system has {format_gib(available)} free; "
@@ -89,6 +89,9 @@ class CpuDevice:
     def held_bytes(self) -> int | None:
         reading = memory.read_memory()
         return reading.rss_bytes if reading else None
+
+    def free_bytes(self) -> int | None:
+        return memory.available_bytes()
 
     def context_bytes(self) -> int | None:
         held = self.held_bytes()

@@ -126,6 +126,9 @@ class CudaDevice(Queued):
         free, total = torch.cuda.mem_get_info(self.torch_device)
         return (total if self._free_before is None else self._free_before) - free
 
+    def free_bytes(self) -> int:
+        return int(torch.cuda.mem_get_info(self.torch_device)[0])
+
     def context_bytes(self) -> int:
         held, reserved = self.held_bytes(), torch.cuda.memory_reserved(self.torch_device)
         if held < reserved:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from planner.errors import CheckpointError
+from planner.errors import CheckpointError, RunFailed
 
 if TYPE_CHECKING:
     from executor.host_tier import HostTier, Move
@@ -45,10 +45,13 @@ class Files:
         self._handles: dict[Path, int] = {}
 
     def read(self, path: Path, offset_bytes: int, targets: Sequence[memoryview]) -> None:
-        """Fill the targets one behind another from `offset_bytes` on; CheckpointError where the file ends early or cannot be read."""
+        """Fill the targets one behind another from `offset_bytes` on.
+
+        CheckpointError where the file ends early or cannot be opened, RunFailed where the disk fails.
+        """
         views = [view for view in targets if len(view)]
+        handle = self._handles.get(path)
         try:
-            handle = self._handles.get(path)
             if handle is None:
                 flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
                 handle = self._handles[path] = os.open(path, flags)
@@ -66,8 +69,11 @@ class Files:
                 if count:
                     views[0] = views[0][count:]
         except OSError as error:
-            raise CheckpointError(
-                f"{path}: cannot be read at byte {offset_bytes}: {error.strerror}"
+            if handle is None:
+                raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from None
+            raise RunFailed(
+                f"{path}: the disk failed at byte {offset_bytes}: {error.strerror}; "
+                "run again, and if it fails there again, fetch the checkpoint to another disk"
             ) from None
 
     def close(self) -> None:
@@ -155,6 +161,10 @@ class Device(Protocol):
         ...
 
     def held_bytes(self) -> int | None: ...
+
+    def free_bytes(self) -> int | None:
+        """What the device could still give this process, beyond what it holds; None where nobody tells."""
+        ...
 
     def allocator_peaks(self) -> tuple[int, int] | None:
         """Bytes allocated and bytes reserved at most since the last reset; None where the device has no such allocator."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from planner.errors import InputError
+from planner.errors import InputError, NotFinite
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +51,18 @@ def next_token(
 ) -> int:
     """The next token's id from logits (V,) of any float type on the CPU; `seen` (V,) marks ids of prompt and answer so far.
 
-    The order is transformers': penalty, temperature, top-p, all in float32.
+    The order is transformers': penalty, temperature, top-p, all in float32. NotFinite for logits that are not finite.
     """
     # copied, since the penalty is applied in place and the logits may still be saved
     # (in two moves: the change of type must not take memory on the device)
     scores = logits.detach().to("cpu").to(torch.float32, copy=True).view(-1)
+    # not a number is what the maximum of anything with one is, and nothing can be chosen or drawn from such scores
+    highest = float(scores.max())
+    if not math.isfinite(highest):
+        raise NotFinite(
+            f"the logits are not finite ({highest}), so no token can be chosen: a weight or an intermediate value is not "
+            "a number; run with --check to find the first step with one, or fetch the checkpoint anew"
+        )
     if sampling.repetition_penalty != 1.0:
         penalised = scores[seen]
         scores[seen] = torch.where(

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from contextlib import AbstractContextManager
 from math import prod
 from pathlib import Path
@@ -47,22 +47,18 @@ class Outputs(AbstractContextManager["Outputs"]):
             raise InputError(f"--save-outputs {path}: is a folder; name a file")
         self._path = path
         self._parts: dict[str, _Part] = {}
-        self._temporary: Path | None = None
+        # known before it is made, so that an interrupt at any moment finds what to delete
+        self._temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.part")
 
     def __enter__(self) -> Outputs:
         try:
-            self._temporary = Path(
-                tempfile.mkdtemp(
-                    prefix=f".{self._path.name}.", suffix=".part", dir=self._path.parent
-                )
-            )
+            self._temporary.mkdir(mode=0o700)
         except OSError as error:
             raise self._failed(error) from None
         return self
 
     def append(self, name: Name, rows: Tensor) -> None:
         """Rows (n, ...) behind those that `name` already has, in the type they come in."""
-        assert self._temporary is not None, "append belongs inside the with block"
         rows = rows.detach()
         part = self._parts.get(name)
         try:
@@ -92,16 +88,18 @@ class Outputs(AbstractContextManager["Outputs"]):
         except OSError as failure:
             raise self._failed(failure) from None
         finally:
-            for part in self._parts.values():
-                try:
-                    part.file.close()
-                except OSError:
-                    pass  # a full disk: the rows are thrown away anyhow
-            if self._temporary is not None:
-                shutil.rmtree(self._temporary, ignore_errors=True)
+            self.drop()
+
+    def drop(self) -> None:
+        """Delete what is temporary; where nothing is, nothing happens."""
+        for part in self._parts.values():
+            try:
+                part.file.close()
+            except OSError:
+                pass  # a full disk: the rows are thrown away anyhow
+        shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _join(self) -> None:
-        assert self._temporary is not None
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         at = 0
         # the widest types first, so that every tensor begins at a multiple of its item

@@ -26,9 +26,9 @@ from executor.prompt import build_prompt, positions
 from executor.text import TextRun, text_frequencies
 from executor.vision import VisionRun, vision_frequencies
 from executor.weights import EmbeddingRows, pieces
-from planner.errors import DoesNotFit, InputError, OutOfMemory, PlanFileError
+from planner.errors import DoesNotFit, InputError, LessIsFree, OutOfMemory, PlanFileError
 from planner.plan import Image, Kernel, Phase, Plan, Step, TensorLocation
-from planner.units import format_gb_up, format_gib
+from planner.units import MIB, format_gb_up, format_gib
 
 STEPS: dict[str, Callable[..., None]] = {
     "patch_embed": vision.patch_embed,
@@ -251,6 +251,24 @@ def check_budget(plan: Plan, context_bytes: int | None) -> None:
         )
 
 
+def check_free(plan: Plan, device: Device) -> None:
+    """Nothing, if the device can give what the plan will take beyond what this process holds; LessIsFree with the numbers if not."""
+    free, held = device.free_bytes(), device.held_bytes()
+    if free is None:
+        return
+    # where others are counted in (a card without NVML), what is held is not above the plan's context
+    holds = min(plan.device.context_bytes if held is None else held, plan.device.context_bytes)
+    needed = plan.prediction.expected_peak_bytes - holds
+    if needed > free:
+        budget = holds + free
+        raise LessIsFree(
+            f"the plan does not fit any more: it needs {format_gib(needed)} beyond what this process holds, "
+            f"{format_gib(free)} is free on the {device.kind} now\n"
+            f"  to fit   close what holds the rest, plan anew with --vram {budget // MIB}MiB, or run with --replan",
+            budget_bytes=budget,
+        )
+
+
 # --- what steps need ----------------------------------------------------------------------------------------------
 
 
@@ -357,6 +375,10 @@ def call_step(step: Step, run: VisionRun | TextRun, arena: Arena) -> None:
     arena.issue(call)
 
 
+# c10/core/impl/alloc_cpu.cpp, newer versions raise the same text; C++; CPython's _threadmodule.c
+_REFUSED = ("DefaultCPUAllocator", "bad_alloc", "can't start new thread")
+
+
 @contextmanager
 def memory_errors(where: str) -> Iterator[None]:
     """Turn what torch and Python raise for want of memory into OutOfMemory."""
@@ -365,8 +387,7 @@ def memory_errors(where: str) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise OutOfMemory(f"{where}: memory was refused: {_first_line(error)}") from None
     except RuntimeError as error:
-        # c10/core/impl/alloc_cpu.cpp; newer versions raise the same text
-        if "DefaultCPUAllocator" not in str(error):
+        if not any(words in str(error) for words in _REFUSED):
             raise
         raise OutOfMemory(f"{where}: memory was refused: {_first_line(error)}") from None
 

@@ -14,6 +14,7 @@ from executor import memory
 from executor.arena import Arena
 from executor.cpu import CpuDevice
 from executor.device import Device
+from executor.finite import check_finite
 from executor.generate import Sampling, generator, next_token, seen_mask
 from executor.outputs import Outputs
 from executor.prepare import (
@@ -22,6 +23,7 @@ from executor.prepare import (
     Runs,
     call_step,
     check_budget,
+    check_free,
     check_kernels,
     check_request,
     distinct_steps,
@@ -62,15 +64,18 @@ def run(plan: Plan, request: Request, device: Device | None = None) -> Result:
     malloc_fixed = memory.fix_malloc_thresholds()
     sampling = request.sampling or Sampling(repetition_penalty=plan.model.repetition_penalty)
     with ExitStack() as stack:
-        outputs = (
-            stack.enter_context(Outputs(request.save_outputs)) if request.save_outputs else None
-        )
+        stack.enter_context(memory_errors("the run"))
+        outputs = Outputs(request.save_outputs) if request.save_outputs else None
+        if outputs is not None:
+            stack.callback(outputs.drop)  # before it holds anything: an interrupt may come between
+            stack.enter_context(outputs)
         device = device or open_device(request)
         stack.enter_context(closing(device))
         recorder = Recorder(device, check=request.check, age_s=request.age_s)
         running = stack.enter_context(ExitStack())
         with recorder.phase("load", arena_bytes=lambda: arena.resident_bytes()):
             check_kernels(plan, device)
+            check_free(plan, device)
             arena = Arena(plan, device)
             stack.callback(arena.close)
             shape = (plan.model.text.vocabulary, plan.model.text.hidden)
@@ -96,11 +101,12 @@ def run(plan: Plan, request: Request, device: Device | None = None) -> Result:
                 # what watches the arena around a step needs the reader to hold still meanwhile
                 alone=request.check,
             )
+            running.push(reader)  # before its thread begins: an interrupt may come between
             if plan.levers.order == "all_first":
-                running.enter_context(reader)
+                reader.__enter__()
                 reader.begin_step(plan.steps[0])
         if plan.levers.order != "all_first":
-            running.enter_context(reader)
+            reader.__enter__()
         with running:
             loop = _Loop(
                 plan=plan,
@@ -240,6 +246,8 @@ class _Loop:
                     token = self.tokens[-1] if self.tokens else 0
                     call_step(step, run_of(step, self.runs, iteration, token=token), self.arena)
             if self.request.check:
+                if step.kind != "sample":
+                    self._check_finite(step)
                 self.arena.check_canaries(step, before)
             if self.request.poison:
                 index = self.plan.steps.index(step)
@@ -252,9 +260,14 @@ class _Loop:
         if step.kind == "merger" and self.outputs:
             self._save_features(step)
 
+    def _check_finite(self, step: Step) -> None:
+        check_finite(self.plan, step, self.arena, prompt_tokens=len(self.prompt.ids))
+
     def _sample(self, step: Step) -> None:
         logits = self.arena.views(step)["logits"]
         self.arena.host_waits()
+        if self.request.check:
+            self._check_finite(step)
         token = next_token(logits, self.seen, self.sampling, self.draws)
         if self.outputs:
             if not self.tokens:

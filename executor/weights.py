@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from executor.device import Chunk, Device, Files, Mark
-from planner.errors import CheckpointError, RunFailed, StowplanError
+from planner.errors import CheckpointError, OutOfMemory, RunFailed, StowplanError
 from planner.plan import Buffer, Copy, Plan, Step, TensorLocation, Unit
 from planner.units import MIB
 
@@ -148,7 +148,11 @@ class Reader(AbstractContextManager["Reader"]):
         self._thread = threading.Thread(target=self._run, name="stowplan-reader", daemon=True)
 
     def __enter__(self) -> Reader:
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # no memory for its stack, or too many threads
+            self._files.close()
+            raise OutOfMemory(f"the reader of weights: a thread was refused: {error}") from None
         return self
 
     def __exit__(
@@ -212,6 +216,8 @@ class Reader(AbstractContextManager["Reader"]):
             return
         if isinstance(self._error, StowplanError):
             raise type(self._error)(str(self._error)) from None
+        if isinstance(self._error, MemoryError):
+            raise OutOfMemory("the reader of weights: memory was refused") from None
         raise RunFailed(f"the reader of weights failed: {self._error}") from self._error
 
     # the thread's side

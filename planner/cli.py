@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from planner.arguments import Parser, count, tokens
 from planner.errors import BudgetTooSmall, InputError, RunFailed, StowplanError
+from planner.files import check_target
+from planner.signals import Interrupted, ending_signals
 from planner.units import MIB, format_gib, parse_bytes
 
 if TYPE_CHECKING:
@@ -44,22 +46,29 @@ exit codes: 0 fits, 1 the plan could not be written, 2 usage or bad input, 3 doe
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of one `plan`. Never a traceback for a user's mistake."""
     try:
-        words = list(sys.argv[1:] if arguments is None else arguments)
-        if words and words[0] in COMMANDS:
-            command: Callable[[list[str]], int] = import_module(COMMANDS[words[0]]).main
-            return command(words[1:])
-        _plan(_parser().parse_args(words))
-        return 0
+        with ending_signals(for_good=arguments is None):
+            return _main(list(sys.argv[1:] if arguments is None else arguments))
     except StowplanError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except MemoryError as error:
+        print(f"error: memory was refused: {str(error) or 'no more is known'}", file=sys.stderr)
+        return RunFailed.exit_code
+    except KeyboardInterrupt as error:
         print("interrupted; nothing half written", file=sys.stderr)
-        return INTERRUPTED
+        return error.exit_code if isinstance(error, Interrupted) else INTERRUPTED
     except BrokenPipeError:
         # whoever read the report has gone; without this Python complains once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _main(words: list[str]) -> int:
+    if words and words[0] in COMMANDS:
+        command: Callable[[list[str]], int] = import_module(COMMANDS[words[0]]).main
+        return command(words[1:])
+    _plan(_parser().parse_args(words))
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -164,7 +173,7 @@ def _plan(options: argparse.Namespace) -> None:
     ram = parse_bytes(options.ram, what="--ram") if options.ram is not None else None
     for option, path in (("--out", options.out), ("--snapshot", options.snapshot)):
         if path is not None:
-            _check_writable(option, path)
+            check_target(option, path)
     if options.sweep:
         show.check_sweep(options.out, options.snapshot)
     checkpoint = resolve_model(options.model)
@@ -218,13 +227,6 @@ def _stdout() -> Iterator[None]:
         # what is left over would make Python complain once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise RunFailed(f"stdout: cannot be written: {error.strerror}") from None
-
-
-def _check_writable(option: str, path: Path) -> None:
-    if not path.parent.is_dir():
-        raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
-    if path.exists() and not path.is_file():
-        raise InputError(f"{option} {path}: wanted the name of a file, found a folder or a device")
 
 
 def _device(options: argparse.Namespace) -> tuple[DeviceProfile, int | None]:

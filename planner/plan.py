@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from planner.errors import PlanFileError, RunFailed
+from planner.errors import PlanFileError
+from planner.files import write_bytes as write_bytes
+from planner.files import write_text as write_text
 
 SCHEMA_VERSION = 1
+MOST_PLAN_BYTES = 2**26  # of a plan file; the longest, 72B with every unit on its own, has 2 MB
 
 DType = Literal["bfloat16", "float16", "float32"]
 DTYPE_BYTES: dict[str, int] = {
@@ -506,7 +507,7 @@ class Plan(Frozen):
     def load(cls, path: Path) -> Plan:
         """Read a plan file; PlanFileError names the file, the field and the command that writes it anew."""
         try:
-            text = path.read_text(encoding="utf-8")
+            text = _read(path).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise PlanFileError(f"{path}: cannot be read as a plan: {error}") from None
         return cls.loads(text, name=str(path))
@@ -539,41 +540,25 @@ class Plan(Frozen):
         return plan
 
 
+def _read(path: Path) -> bytes:
+    """The file's bytes; whatever lies under the name, not more than a plan has is read."""
+    data = b""
+    with open(path, "rb") as file:
+        # piece by piece: one read takes memory for all that was asked for, however short the file
+        while len(data) <= MOST_PLAN_BYTES and (piece := file.read(2**20)):
+            data += piece
+    if len(data) > MOST_PLAN_BYTES:
+        raise PlanFileError(
+            f"{path}: not a plan: wanted at most {MOST_PLAN_BYTES // 2**20} MiB, found more"
+        )
+    return data
+
+
 def digest(data: Mapping[str, object]) -> str:
     """sha256 of a plan's JSON data without its `digest`, whatever its spacing and order of keys."""
     kept = {key: value for key, value in data.items() if key != "digest"}
     canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; RunFailed where it cannot."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: a temporary name in the same folder, then rename. RunFailed where it cannot."""
-    try:
-        handle, temporary = tempfile.mkstemp(
-            prefix=f".{path.name}.", suffix=".part", dir=path.parent
-        )
-    except OSError as error:
-        raise RunFailed(
-            f"{path}: cannot be written: {error.strerror}; nothing was left behind"
-        ) from None
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        os.unlink(temporary)
-        raise RunFailed(
-            f"{path}: cannot be written: {error.strerror}; nothing was left behind"
-        ) from None
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 class TensorLocation(NamedTuple):

@@ -10,15 +10,14 @@ import gc
 import gzip
 import io
 import json
-import os
 import pickle
 import re
-import tempfile
 import zlib
 from pathlib import Path
 from typing import Any, NoReturn
 
-from planner.errors import InputError, RunFailed
+from planner.errors import InputError
+from planner.files import write_bytes
 from planner.units import GIB, MIB, format_mib
 
 MOST_BYTES = 4 * GIB  # of a file, unpacked
@@ -79,7 +78,7 @@ def dump(path: Path, snapshot: dict[str, Any]) -> None:
     else:
         data = pickle.dumps(snapshot, protocol=4)
     # no time in the header: the same snapshot is the same bytes
-    _write_bytes(path, gzip.compress(data, mtime=0) if packed else data)
+    write_bytes(path, gzip.compress(data, mtime=0) if packed else data)
 
 
 def _gunzip(data: bytes, name: str) -> bytes:
@@ -252,28 +251,3 @@ def _index_bytes(size: int) -> bytes:
     if size < 1 << 24:
         return b"[\\x00-\\x%02x]\\x00" % (size >> 16)
     return b".[\\x00-\\x%02x]" % (size >> 24 & 0xFF)
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: a temporary name in the same folder, then rename."""
-    try:
-        handle, temporary = tempfile.mkstemp(
-            prefix=f".{path.name}.", suffix=".part", dir=path.parent
-        )
-    except OSError as error:
-        raise RunFailed(
-            f"{path}: cannot be written: {error.strerror}; nothing was left behind"
-        ) from None
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        os.unlink(temporary)
-        raise RunFailed(
-            f"{path}: cannot be written: {error.strerror}; nothing was left behind"
-        ) from None
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -9,7 +9,7 @@ import pytest
 from executor.order import check_order, problems
 from executor.prepare import Request, check_request
 from executor.run import run
-from planner.errors import PlanFileError, RunFailed
+from planner.errors import NotFinite, PlanFileError, RunFailed
 from planner.plan import Plan
 from tests.hostile.lab import SETTINGS, Lab
 from tests.hostile.scheduler import Blocked, at_random
@@ -137,7 +137,8 @@ def test_no_wait_left_out_blocks_a_run(lab: Lab) -> None:
     for mutant in mutants(lab.plan(name), lab.locations(name)):
         if mutant.sort == SORTS[0] and "mlp" in mutant.name:
             answer = lab.hostile(name, at_random(2), mutant)
-            assert not isinstance(answer.error, Blocked | RunFailed), mutant.name
+            blocked = isinstance(answer.error, Blocked | RunFailed)
+            assert not blocked or isinstance(answer.error, NotFinite), mutant.name
 
 
 def test_host_memory_is_read_once_and_before_anything_comes_from_it(lab: Lab) -> None:

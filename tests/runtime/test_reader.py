@@ -153,7 +153,7 @@ def test_a_file_that_is_gone_is_named(streaming: Any) -> None:
     device = SlowDevice()
     arena = Arena(streaming.plan, device)
     streaming.path.unlink()
-    with pytest.raises(CheckpointError, match=r"weights\.bin: cannot be read .*No such file"):
+    with pytest.raises(CheckpointError, match=r"weights\.bin: cannot be opened: No such file"):
         with Reader(streaming.plan, device, streaming.locations, decode_iterations=3) as reader:
             execute(streaming.plan, arena, reader, 3)
 

@@ -1,0 +1,60 @@
+"""Files written whole or not at all, and a look beforehand at whether they can be."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+from pathlib import Path
+
+from planner.errors import InputError, RunFailed
+
+
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside `path` that nobody has. It is there before the file is, so that an interrupt at any moment finds what to delete."""
+    return path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.part")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all; RunFailed where it cannot."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: a temporary name in the same folder, then rename. RunFailed where it cannot."""
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        _drop(temporary)
+        raise RunFailed(
+            f"{path}: cannot be written: {error.strerror}; nothing was left behind"
+        ) from None
+    except BaseException:
+        _drop(temporary)
+        raise
+
+
+def check_target(option: str, path: Path) -> None:
+    """Nothing, if a file can be written under this name; InputError says why not, before any work was done for it."""
+    if not path.parent.is_dir():
+        raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{option} {path}: wanted the name of a file, found a folder or a device")
+    try:
+        # permissions alone do not tell: root may do anything, a file system may be read only
+        with tempfile.TemporaryFile(dir=path.parent, prefix=".", suffix=".part"):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{option} {path}: no file can be made in {path.parent.resolve()}: {error.strerror}; name another folder"
+        ) from None
+
+
+def _drop(path: Path) -> None:
+    try:
+        path.unlink()
+    except OSError:
+        pass  # never made, or already renamed
