@@ -155,11 +155,12 @@ def _check_cuda(
 
     if not torch.cuda.is_available():
         raise KernelRefused(f"{what}: this torch sees no CUDA device; execute with --device cpu")
-    # Shapes alone are asked about: expanded views of one element cost nothing.
-    dot = torch.empty((), dtype=dtype, device=where)
-    q = dot.expand(1, heads, rows, head_dim)
+    # Shapes alone are asked about: expanded views of one head of one row cost nothing, and its values lie together,
+    # as every fused kernel wants them (sdp_utils_cpp.h, check_last_dim_stride_equals_1_dense)
+    row = torch.empty(head_dim, dtype=dtype, device=where)
+    q = row.expand(1, heads, rows, head_dim)
     grouped = kernel == "flash" and kv_heads != heads
-    kv = dot.expand(1, kv_heads if grouped else heads, keys, head_dim)
+    kv = row.expand(1, kv_heads if grouped else heads, keys, head_dim)
     params = SDPAParams(q, kv, kv, None, 0.0, causal, grouped)
     ask = can_use_flash_attention if kernel == "flash" else can_use_efficient_attention
     if not ask(params, debug=False):

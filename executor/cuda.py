@@ -6,6 +6,7 @@ Written to the protocol of device.py; the machines that run the tests have no ca
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -17,6 +18,9 @@ from executor.device import Range
 from executor.queues import Queued
 from planner.errors import DoesNotFit, OutOfMemory, RunFailed
 from planner.units import format_gib
+
+# by card, for the whole process: a context stays until it ends
+_FREE_AT_FIRST: dict[str, int] = {}
 
 
 class CudaStreams:
@@ -34,6 +38,7 @@ class CudaStreams:
         return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
 
     def move(self, moves: Sequence[tuple[Tensor, Tensor]]) -> None:
+        # current device and stream are each thread's own
         with torch.cuda.stream(self.copy):
             for target, source in moves:
                 target.copy_(source, non_blocking=True)
@@ -60,16 +65,32 @@ class CudaDevice(Queued):
         self.name = torch.cuda.get_device_name(self.torch_device)
         # what others hold is told apart by what was free before this process had a context
         self._nvml = _Nvml.open(self.torch_device)
-        self._free_before = self._nvml.free_bytes() if self._nvml is not None else None
+        self._free_before = self._free_at_first()
         torch.cuda.set_device(self.torch_device)
         super().__init__(CudaStreams(self.torch_device))
         torch.cuda.synchronize(self.torch_device)  # the context exists from here on
         self._peak_held = 0
 
+    def _free_at_first(self) -> int | None:
+        """What the card had free before this process's first run on it; None where NVML does not tell.
+
+        A second run finds the context already there, and would not count it.
+        """
+        free = self._nvml.free_bytes() if self._nvml is not None else None
+        if free is None or self._nvml is None:
+            return None
+        reserved = torch.cuda.memory_reserved(self.torch_device)  # by who runs us
+        return _FREE_AT_FIRST.setdefault(self._nvml.uuid, free + reserved)
+
     # memory
     def allocate_arena(self, size_bytes: int) -> Tensor:
         free, total = torch.cuda.mem_get_info(self.torch_device)
+        cached = torch.cuda.memory_reserved(self.torch_device)
+        cached -= torch.cuda.memory_allocated(self.torch_device)
         try:
+            # asked first, since some drivers (Windows, WSL2) go on in host memory
+            if size_bytes > free + cached:
+                raise torch.OutOfMemoryError
             self._arena = torch.empty(size_bytes, dtype=torch.uint8, device=self.torch_device)
         except torch.OutOfMemoryError:
             raise OutOfMemory(
@@ -112,7 +133,10 @@ class CudaDevice(Queued):
 
     def peak_bytes(self) -> int:
         reserved = torch.cuda.max_memory_reserved(self.torch_device)
-        self._peak_held = max(self._peak_held, self.held_bytes(), self.context_bytes() + reserved)
+        held = self.held_bytes()
+        # what others free meanwhile may make it look less than it is
+        beside = max(0, held - torch.cuda.memory_reserved(self.torch_device))
+        self._peak_held = max(self._peak_held, held, beside + reserved)
         return self._peak_held
 
     def allocator_peaks(self) -> tuple[int, int]:
@@ -123,8 +147,12 @@ class CudaDevice(Queued):
         own = self._nvml.held_bytes() if self._nvml is not None else None
         if own is not None:
             return own
+        free = self._nvml.free_bytes() if self._nvml is not None else None
+        if free is not None and self._free_before is not None:
+            # both from NVML: the runtime's figure leaves out what the driver keeps for itself
+            return max(0, self._free_before - free)
         free, total = torch.cuda.mem_get_info(self.torch_device)
-        return (total if self._free_before is None else self._free_before) - free
+        return total - free
 
     def free_bytes(self) -> int:
         return int(torch.cuda.mem_get_info(self.torch_device)[0])
@@ -178,12 +206,26 @@ class CudaDevice(Queued):
         return float(start.elapsed_time(end)) / 1000
 
     def close(self) -> None:
-        # both queues must be idle before their memory goes
-        torch.cuda.synchronize(self.torch_device)
+        try:
+            # both queues must be idle before their memory goes
+            torch.cuda.synchronize(self.torch_device)
+        except RuntimeError:
+            # the card failed, and whatever it is asked now fails alike; the error under way says so.
+            # Freeing a pinned piece would ask it, inside a destructor, which ends the process
+            for pinned in self.pinned():
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(pinned))
+        else:
+            # libraries keep their workspaces, one a stream, until they are told
+            clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+            if clear is not None:
+                clear()
+            torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
         self.drop_ring()
         self._arena = None
-        torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            pass  # as above
         if self._nvml is not None:
             self._nvml.close()
 
@@ -191,7 +233,8 @@ class CudaDevice(Queued):
 class _Nvml:
     """This process's bytes on the card, from the driver's management library where it is installed."""
 
-    def __init__(self, library: Any, handle: Any) -> None:
+    def __init__(self, library: Any, handle: Any, uuid: str) -> None:
+        self.uuid = uuid
         self._library = library
         self._handle = handle
 
@@ -207,7 +250,7 @@ class _Nvml:
             handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         except (pynvml.NVMLError, AttributeError, OSError):
             return None  # an old driver, or one that hides the card's id
-        return cls(pynvml, handle)
+        return cls(pynvml, handle, uuid)
 
     def held_bytes(self) -> int | None:
         try:

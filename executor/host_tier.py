@@ -77,6 +77,11 @@ class HostTier:
             yield self._pieces[piece][low:high]
             start += high - low
 
+    @property
+    def pinned(self) -> tuple[Tensor, ...]:
+        """The pieces."""
+        return tuple(self._pieces)
+
     def close(self) -> None:
         """Give the pieces back; no move may be under way."""
         self._pieces.clear()

@@ -577,6 +577,10 @@ def _profile(base: DeviceProfile, measured: Measured, rates: Rates, device: str)
         }
         if total > base.memory_total_bytes:
             changes |= {"memory_total_bytes": total, "usable_bytes": total}
+        ask = getattr(torch.backends.cuda, "cublas_workspace_size", None)  # torch 2.13
+        if ask is not None:
+            changes["workspace_bytes"] = ask()
+            sources["workspace_bytes"] = f"{said}: torch's own figure"
         sources["usable_bytes"] = f"{said}: the driver's total ({free} bytes of it free then)"
         sources["sm_count"] = f"{said}: the driver's"
     return DeviceProfile.model_validate(

@@ -106,6 +106,11 @@ class Queued:
                 f"{self._pieces} pinned pieces of {self._piece_bytes // MIB} MiB of host memory were refused: {error}"
             ) from None
 
+    def pinned(self) -> tuple[Tensor, ...]:
+        """All pinned host memory that is held."""
+        kept = () if self._host is None else self._host.pinned
+        return (*(piece.pinned for piece in self._ring), *kept)
+
     def drop_ring(self) -> None:
         """Give the pinned pieces and the host tier back; no move may be under way."""
         for piece in self._ring:

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import itertools
 import os
 import sys
 import weakref
@@ -36,6 +37,7 @@ from planner.errors import OutOfMemory
 from planner.simulate import card_bytes
 
 CUDA, META = 1, 14  # c10/core/DeviceType.h
+_NUMBERS = itertools.count()  # every card is one of its own
 CONTEXT_BYTES = 500 * 2**20
 LT_WORKSPACE_BYTES = 2**20
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv")
@@ -174,6 +176,7 @@ class FakeCard:
         self.fraction = 1.0
         self.context_bytes = 0
         self.paged_bytes = 0  # what the driver keeps in host memory instead
+        self.uuid = f"fake-{next(_NUMBERS)}"
         self.workspaces: dict[str, Any] = {}
         self.streams = [FakeStream(self, "compute")]
         self.names: list[str] = []
@@ -248,7 +251,7 @@ class FakeCard:
                 int(part) for part in self.capability.split(".")
             ),
             "get_allocator_backend": lambda: "native",
-            "get_device_properties": lambda device=None: mock.Mock(uuid="0"),
+            "get_device_properties": lambda device=None: mock.Mock(uuid=self.uuid),
             "Stream": self._stream,
             "Event": FakeEvent,
             "current_stream": lambda device=None: self.streams[0],
@@ -307,6 +310,7 @@ class FakeCard:
             and size == params.key.shape[-1] == params.value.shape[-1]
             and size <= 256
             and size % 8 == 0
+            and _last_strides_1(params)
         )
 
 
@@ -355,7 +359,12 @@ class _Params(NamedTuple):
 
 def _efficient(params: _Params, debug: bool = False) -> bool:
     multiple = 8 if params.query.element_size() == 2 else 4
-    return params.query.shape[-1] % multiple == 0
+    return params.query.shape[-1] % multiple == 0 and _last_strides_1(params)
+
+
+def _last_strides_1(params: _Params) -> bool:
+    """aten/src/ATen/native/transformers/sdp_utils_cpp.h, check_last_dim_stride_equals_1_dense."""
+    return all(tensor.stride(-1) == 1 for tensor in params[:3])
 
 
 def _empty(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
