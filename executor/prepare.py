@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from executor import memory, text, vision
+from executor import cuda_errors, memory, text, vision
 from executor.arena import TORCH_DTYPES, Arena, check_places
 from executor.attention import check_kernel
 from executor.cuda_settings import check_effective, check_settings
@@ -381,12 +381,15 @@ _REFUSED = ("DefaultCPUAllocator", "bad_alloc", "can't start new thread")
 
 @contextmanager
 def memory_errors(where: str) -> Iterator[None]:
-    """Turn what torch and Python raise for want of memory into OutOfMemory."""
+    """Turn what torch and Python raise for want of memory into OutOfMemory, and a card's failures into RunFailed."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise OutOfMemory(f"{where}: memory was refused: {_first_line(error)}") from None
     except RuntimeError as error:
+        card = cuda_errors.typed(where, error)
+        if card is not None:
+            raise card from None
         if not any(words in str(error) for words in _REFUSED):
             raise
         raise OutOfMemory(f"{where}: memory was refused: {_first_line(error)}") from None
