@@ -24,7 +24,7 @@ from executor.weights import Reader
 from planner import search, spec
 from planner.errors import StowplanError
 from planner.plan import Copy, HostUnit, Order, Plan, TensorLocation, Tiles, Workload
-from planner.profile import load_profile
+from planner.profile import DeviceProfile, load_profile
 from planner.schedule import Choice, PhaseResidency
 from planner.workload import parse_image
 from tests.hostile.device import HostileDevice
@@ -172,23 +172,25 @@ class Seen(NamedTuple):
 
 @dataclass
 class Lab:
-    """The checkpoints lie in `folder`; plans and the CPU's answers are kept."""
+    """The checkpoints lie in `folder`; plans and answers are kept. Plans are for the profile's device."""
 
     folder: Path
+    profile: DeviceProfile = field(default_factory=lambda: load_profile("cpu"))
+    dtype: str = "float32"
     settings: dict[str, Setting] = field(default_factory=lambda: dict(SETTINGS))
     _checkpoints: dict[bool, spec.Checkpoint] = field(default_factory=dict)
     _plans: dict[str, Plan] = field(default_factory=dict)
     _answers: dict[str, Answer] = field(default_factory=dict)
 
     def checkpoint(self, tied: bool) -> spec.Checkpoint:
-        """Three blocks and three layers, float32."""
+        """Three blocks and three layers."""
         if tied not in self._checkpoints:
             name = "hostile-tied" if tied else "hostile"
             make_checkpoint.SPECS[name] = make_checkpoint.SPECS["tiny"]._replace(
                 layers=3, vision_depth=3, full_attention_blocks=(1,), tied=tied
             )
             try:
-                make_checkpoint.make_random_checkpoint(name, self.folder / name)
+                make_checkpoint.make_random_checkpoint(name, self.folder / name, dtype=self.dtype)
             finally:
                 del make_checkpoint.SPECS[name]
             self._checkpoints[tied] = spec.read_checkpoint(self.folder / name)
@@ -230,14 +232,14 @@ class Lab:
                 decode=PhaseResidency(*setting.decode[:2], min(heads, setting.decode[2])),
                 tiles=setting.tiles,
             )
-            plan = search.build(request, load_profile("cpu"), choice)
+            plan = search.build(request, self.profile, choice)
             plan = _kept(plan) if setting.kept else plan
             assert problems(plan) == []
             self._plans[name] = plan
         return self._plans[name]
 
     def expected(self, name: str) -> Answer:
-        """The plain CPU device's answer under the right plan."""
+        """The plain device's answer under the right plan."""
         if name not in self._answers:
             self._answers[name] = self._run(name, self.plan(name), None)
         return self._answers[name]
@@ -295,6 +297,7 @@ class Lab:
             locations=checkpoint.tensors,
             images=tuple(pixels),
             prompt=tuple(self.ids(checkpoint)),
+            device=self.profile.kind,
             stop=(),
             sampling=Sampling(),
             save_outputs=self.folder / "outputs.safetensors",
