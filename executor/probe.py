@@ -106,9 +106,10 @@ def probe(
     if device == "cpu":
         on_progress("a tiny model's run")
         found = _with_tiny(found, _tiny(found, repeats=1 if short else 3))
-    others = busy.share_of_others()
-    if others is not None and others > TELLS_DISTURBED:
-        note = f"{found.note}; other processes took {others:.0%} of the cores meanwhile: measure again on a quiet machine"
+    others = busy.of_others()
+    if others is not None and others[0] > TELLS_DISTURBED * others[1]:
+        share = others[0] / others[1]
+        note = f"{found.note}; other processes took {share:.0%} of the cores meanwhile: measure again on a quiet machine"
         found = found.model_copy(update={"note": note})
     return DeviceProfile.model_validate(found.model_dump())
 
@@ -258,13 +259,13 @@ def _read(handle: int, target: Tensor) -> None:
 
 
 def _best(call: Callable[[], object], size_bytes: int, repeats: int) -> int:
-    """Bytes per second, the median of some repeats."""
+    """Units per second, the best of some repeats."""
     found = []
     for _ in range(repeats):
         start = time.perf_counter()
         call()
         found.append(time.perf_counter() - start)
-    return max(1, round(size_bytes / statistics.median(found)))
+    return max(1, round(size_bytes / min(found)))
 
 
 def _cold(handle: int, target: Tensor) -> int | None:

@@ -12,7 +12,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -33,6 +33,8 @@ EPS = 1e-6
 DISTURBED = (
     0.2  # of the cores, taken by others while a figure was measured: then it is measured again
 )
+ANGLE_ROWS = (1, 64, 1024, 4096)
+DISTURBED_S = 0.05  # less than that the counters, which tick every 10 ms, do not tell
 TRIES = 3
 CUDA_BATCH = 10
 THROUGH_BYTES = 64 * MIB  # more than the caches of a core hold
@@ -154,8 +156,8 @@ class Bench:
         for _ in range(TRIES):
             busy = Busy()
             tries.append(self._seconds(call, before))
-            others = busy.share_of_others()
-            if others is None or others <= DISTURBED:
+            others = busy.of_others()
+            if others is None or others[0] <= max(DISTURBED * others[1], DISTURBED_S):
                 break
         return min(tries)
 
@@ -234,13 +236,13 @@ class Busy:
         total = sum(fields)
         return (total - fields[3] - fields[4]) / ticks, own, total / ticks
 
-    def share_of_others(self) -> float | None:
-        """Of all cores' time; None where the system does not tell."""
+    def of_others(self) -> tuple[float, float] | None:
+        """Seconds that others were busy, and of all cores; None where the system does not tell."""
         after = self._read()
         if self._before is None or after is None:
             return None
         busy, own, total = (now - then for now, then in zip(after, self._before, strict=True))
-        return max(0.0, busy - own) / total if total > 0 else None
+        return max(0.0, busy - own), total
 
 
 # --- products -----------------------------------------------------------------------------------------------------
@@ -342,6 +344,19 @@ def heads(bench: Bench, dtype: torch.dtype, size: int, count: int, groups: int) 
         k, v = (bench.numbers(keys, groups, size, dtype=dtype) for _ in range(2))
         return bench.seconds(lambda: attend_rows(q, k, v, kernel=kernel, scale=scale)) / groups
 
+    def rope(where: str) -> Curve:
+        wide = sorted({1, max(1, count // 2), count, 2 * count})
+        shapes = [(1, count), *((128, heads) for heads in wide)]
+        points = {
+            rows * heads * size: _rope(bench, dtype, rows, heads, size, where)
+            for rows, heads in shapes
+        }
+        return tuple(sorted(points.items()))
+
+    def angles(where: str) -> Curve:
+        call = _angles_vision if where == "vision" else _angles_text
+        return tuple((rows * size // 2, call(bench, dtype, rows, size // 2)) for rows in ANGLE_ROWS)
+
     return HeadDim(
         head_dim=size,
         full=Grid(
@@ -352,6 +367,11 @@ def heads(bench: Bench, dtype: torch.dtype, size: int, count: int, groups: int) 
         causal=bench.curve(causal, sizes.squares),
         window=bench.curve(window, sizes.windows),
         decode=bench.curve(decode, sizes.cached),
+        call_s=decode(sizes.cached[0]) * groups,
+        rope_vision=rope("vision"),
+        rope_text=rope("text"),
+        angles_vision=angles("vision"),
+        angles_text=angles("text"),
     )
 
 
@@ -363,14 +383,8 @@ def passes(bench: Bench, dtype: torch.dtype) -> dict[str, Curve]:
     sizes = bench.sizes
     # one row, a whole sub-tile of the narrowest, ... of the widest
     norms = sorted({sizes.widths[0], *(256 * width for width in sizes.widths)})
-    ropes = sorted({sizes.widths[0], *(128 * width for width in sizes.widths)})
-    angles = [size for size in (32, 1024, 16384, 131072) if size <= sizes.elements[-1]]
     curves = {
         "norm": bench.curve(lambda n: _norm(bench, dtype, n), norms),
-        "rope_vision": bench.curve(lambda n: _rope(bench, dtype, n, vision_rope=True), ropes),
-        "rope_text": bench.curve(lambda n: _rope(bench, dtype, n, vision_rope=False), ropes),
-        "angles_vision": bench.curve(lambda n: _angles_vision(bench, n), angles),
-        "angles_text": bench.curve(lambda n: _angles_text(bench, dtype, n), angles),
         "bias": bench.curve(lambda n: _bias(bench, dtype, n), sizes.elements[2:-1] or (65536,)),
     }
     for name, call in (
@@ -392,10 +406,10 @@ def cold(bench: Bench, dtype: torch.dtype) -> dict[str, float]:
     values, draws = torch.randn(640), generator(chosen)
     figures: dict[str, Callable[[], float]] = {
         "norm": lambda: _norm(bench, dtype, small),
-        "rope_vision": lambda: _rope(bench, dtype, small, vision_rope=True),
-        "rope_text": lambda: _rope(bench, dtype, small, vision_rope=False),
-        "angles_vision": lambda: _angles_vision(bench, 32),
-        "angles_text": lambda: _angles_text(bench, dtype, 32),
+        "rope_vision": lambda: _rope(bench, dtype, 1, 4, 16, "vision"),
+        "rope_text": lambda: _rope(bench, dtype, 1, 4, 16, "text"),
+        "angles_vision": lambda: _angles_vision(bench, dtype, 1, 32),
+        "angles_text": lambda: _angles_text(bench, dtype, 1, 32),
         "gate": lambda: _gate(bench, dtype, few),
         "gelu": lambda: _gelu(bench, dtype, few),
         "add": lambda: _add(bench, dtype, few),
@@ -408,7 +422,67 @@ def cold(bench: Bench, dtype: torch.dtype) -> dict[str, float]:
         ),
         "sample": lambda: bench.seconds(lambda: next_token(values, seen, chosen, draws)),
     }
-    return {"bias": 0.0} | {name: bench.colder(figure) for name, figure in figures.items()}
+    found = {"bias": 0.0} | {name: bench.colder(figure) for name, figure in figures.items()}
+    share = _share(bench, dtype, found)
+    return {name: value * share for name, value in found.items()}
+
+
+def _share(bench: Bench, dtype: torch.dtype, found: Mapping[str, float]) -> float:
+    """How much of that is paid in a layer: its calls warm what they have in common for one another.
+
+    From a layer of one token whose weights come from memory, timed as a whole and call by call.
+    """
+    size, count, groups = bench.sizes.heads[-1]
+    width, inner = count * size, 4 * count * size
+    kernel, scale = _kernel_of(bench, dtype), size**-0.5
+    x, y, q, o = (torch.zeros(1, width, dtype=dtype, device=bench.device) for _ in range(4))
+    gate, up = (torch.zeros(1, inner, dtype=dtype, device=bench.device) for _ in range(2))
+    ones = torch.ones(width, dtype=dtype, device=bench.device)
+    wide = torch.empty(1, width, device=bench.device)
+    turn = torch.empty(2, 1, width, dtype=dtype, device=bench.device)
+    cos, sin = (torch.ones(1, size, dtype=dtype, device=bench.device) for _ in range(2))
+    k, v = (torch.zeros(512, groups, size, dtype=dtype, device=bench.device) for _ in range(2))
+    square = _cycle(bench, dtype, (width, width), bench.memory.numel())
+    rising = _cycle(bench, dtype, (inner, width), bench.memory.numel())
+    falling = _cycle(bench, dtype, (width, inner), bench.memory.numel())
+
+    def norm() -> None:
+        rms_norm(x, ones, y, scratch=wide, eps=EPS)
+
+    def rope() -> None:
+        rotate(q.view(1, count, size), cos, sin, scratch=turn)
+
+    def attention() -> None:
+        attend_rows(q.view(1, count, size), k, v, kernel=kernel, scale=scale)
+
+    def gated() -> None:
+        torch.ops.aten.silu_(gate)
+        gate.mul_(up)
+
+    calls: list[tuple[str, Callable[[], object]]] = [
+        ("norm", norm),
+        ("vector", lambda: linear(y, next(square), None, out=q)),
+        ("vector", lambda: linear(y, next(square), None, out=o)),
+        ("rope_text", rope),
+        ("attention", attention),
+        ("copy", lambda: o.copy_(q)),
+        ("vector", lambda: linear(o, next(square), None, out=y)),
+        ("add", lambda: x.add_(y)),
+        ("norm", norm),
+        ("vector", lambda: linear(y, next(rising), None, out=gate)),
+        ("vector", lambda: linear(y, next(rising), None, out=up)),
+        ("gate", gated),
+        ("vector", lambda: linear(gate, next(falling), None, out=y)),
+        ("add", lambda: x.add_(y)),
+    ]
+
+    def layer() -> None:
+        for _, call in calls:
+            call()
+
+    apart = sum(bench.seconds(call) for _, call in calls)
+    all_cold = sum(found[name] for name, _ in calls)
+    return min(1.0, max(0.0, bench.seconds(layer) - apart) / all_cold) if all_cold else 0.0
 
 
 def _kernel_of(bench: Bench, dtype: torch.dtype) -> Kernel:
@@ -425,27 +499,21 @@ def _norm(bench: Bench, dtype: torch.dtype, elements: int) -> float:
     return bench.seconds(lambda: rms_norm(next(xs), weight, out, scratch=scratch, eps=EPS))
 
 
-def _rope(bench: Bench, dtype: torch.dtype, elements: int, *, vision_rope: bool) -> float:
-    rows = 1 if elements == bench.sizes.widths[0] else 128
-    width = elements // rows
-    size = next(size for size in (128, 80, 16) if width % size == 0)
-    x = bench.numbers(rows, width // size, size, dtype=dtype)
-    kept = x.clone()
-    half = size // 2
-    if vision_rope:
-        scratch = torch.empty(2, rows, width, device=bench.device)
+def _rope(bench: Bench, dtype: torch.dtype, rows: int, heads: int, size: int, where: str) -> float:
+    x = bench.numbers(rows, heads, size, dtype=dtype)
+    kept, half = x.clone(), size // 2
+    if where == "vision":
+        scratch = torch.empty(2, rows, heads * size, device=bench.device)
         cos, sin = (torch.full((rows, half), 0.7, device=bench.device) for _ in range(2))
-        call: Callable[[], None] = lambda: rotate_float32(x, cos, sin, scratch=scratch)  # noqa: E731
+        turn = rotate_float32
     else:
-        scratch = torch.empty(2, rows, width, dtype=dtype, device=bench.device)
+        scratch = torch.empty(2, rows, heads * size, dtype=dtype, device=bench.device)
         cos, sin = (torch.full((rows, size), 0.7, device=bench.device).to(dtype) for _ in range(2))
-        call = lambda: rotate(x, cos, sin, scratch=scratch)  # noqa: E731
-    return bench.seconds(call, lambda: x.copy_(kept))
+        turn = rotate
+    return bench.seconds(lambda: turn(x, cos, sin, scratch=scratch), lambda: x.copy_(kept))
 
 
-def _angles_vision(bench: Bench, elements: int) -> float:
-    half = 32
-    rows = max(1, elements // half)
+def _angles_vision(bench: Bench, dtype: torch.dtype, rows: int, half: int) -> float:
     places = torch.arange(rows, device=bench.device)
     run: Any = SimpleNamespace(
         positions=((places, places),), frequencies=torch.full((half,), 0.1, device=bench.device)
@@ -457,10 +525,9 @@ def _angles_vision(bench: Bench, elements: int) -> float:
     return bench.seconds(lambda: vision._angles(run, 0, 0, rows, views))
 
 
-def _angles_text(bench: Bench, dtype: torch.dtype, elements: int) -> float:
-    half = 32
-    rows = max(1, elements // half)
-    shape = SimpleNamespace(text=SimpleNamespace(head_dim=2 * half, mrope_section=(16, 8, 8)))
+def _angles_text(bench: Bench, dtype: torch.dtype, rows: int, half: int) -> float:
+    sections = (half // 2, half // 4, half - half // 2 - half // 4)
+    shape = SimpleNamespace(text=SimpleNamespace(head_dim=2 * half, mrope_section=sections))
     run: Any = SimpleNamespace(
         shape=shape,
         positions=torch.arange(rows, device=bench.device).expand(3, rows),
@@ -470,7 +537,7 @@ def _angles_text(bench: Bench, dtype: torch.dtype, elements: int) -> float:
         name: torch.empty(rows, 2 * half, dtype=dtype, device=bench.device)
         for name in ("cos", "sin")
     }
-    views["norm32"] = torch.empty(256, 640, device=bench.device)
+    views["norm32"] = torch.empty(256, max(64, 16 * half), device=bench.device)
     return bench.seconds(lambda: text._angles(run, 0, rows, views))
 
 
@@ -527,7 +594,7 @@ def _merge(bench: Bench, dtype: torch.dtype, elements: int) -> float:
 
 
 def sampling(logits: Sequence[int], seconds: float) -> Curve:
-    """One token drawn, by logits, on the host."""
+    """One token drawn, by logits, on the host: the quickest, as nothing else is timed beside it."""
     found = []
     for count in logits:
         seen = seen_mask(range(min(count, 500)), count)
@@ -539,5 +606,5 @@ def sampling(logits: Sequence[int], seconds: float) -> Curve:
             start = time.perf_counter()
             next_token(values, seen, chosen, draws)
             taken.append(time.perf_counter() - start)
-        found.append((count, statistics.median(taken[1:])))
+        found.append((count, min(taken)))
     return tuple(found)

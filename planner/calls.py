@@ -83,6 +83,28 @@ class Calls:
             seconds += share * found
         return seconds
 
+    def _call(self, head_dim: int) -> float:
+        """One more call of attention for the same heads."""
+        return sum(share * table.call_s for table, share in self.kernels.turned(head_dim))
+
+    def _angles(self, where: str, rows: int, head_dim: int) -> float:
+        name, elements = f"angles_{where}", rows * head_dim // 2
+        return self.first(name) + sum(
+            share * seconds_at(getattr(table, name), elements)
+            for table, share in self.kernels.turned(head_dim)
+        )
+
+    def _rope(self, where: str, rows: int, width: int, head_dim: int) -> float:
+        """A rotation of (rows, width) in sub-tiles."""
+        name = f"rope_{where}"
+        whole, rest = divmod(rows, ROPE_ROWS)
+        seconds = self.first(name)
+        for table, share in self.kernels.turned(head_dim):
+            curve = getattr(table, name)
+            seconds += share * whole * seconds_at(curve, ROPE_ROWS * width)
+            seconds += share * seconds_at(curve, rest * width) if rest else 0.0
+        return seconds
+
     def _new_pages(self, size_bytes: int, steps: int) -> float:
         """A step's share of clearing the pages that the steps of its kind write first."""
         return size_bytes * self.touch_s / max(1, steps)
@@ -136,8 +158,8 @@ class Calls:
         shape = self.model.vision
         width = shape.hidden
         seconds = self.norm(rows, width) + self.product(rows, width, 3 * width, True)
-        seconds += self.elements("angles_vision", rows * shape.head_dim // 2)
-        seconds += self.rows("rope_vision", rows, 2 * width, ROPE_ROWS)
+        seconds += self._angles("vision", rows, shape.head_dim)
+        seconds += self._rope("vision", rows, 2 * width, shape.head_dim)
         for count, size in runs:
             seconds += count * shape.heads * self._attend("window", shape.head_dim, size)
             seconds += self.first("attention")
@@ -158,9 +180,10 @@ class Calls:
         width, heads, size = shape.hidden, shape.heads, shape.head_dim
         seconds = self.norm(tile, width) + self.product(tile, width, 2 * width, True)
         seconds += self.norm(tile, width) + 2 * self.product(tile, width, width, True)
-        seconds += 2 * self.elements("angles_vision", tile * size // 2)
-        seconds += 2 * self.rows("rope_vision", tile, width, ROPE_ROWS)
+        seconds += 2 * self._angles("vision", tile, size)
+        seconds += 2 * self._rope("vision", tile, width, size)
         seconds += heads * self._attend("full", size, tile, keys) + self.first("attention")
+        seconds += (-(-heads // query_heads) - 1) * self._call(size)
         seconds += _tiled(heads, query_heads, lambda n: self.elements("copy", tile * n * size))
         return seconds + self.elements("add", tile * width)
 
@@ -180,8 +203,13 @@ class Calls:
 
     # --- language model -----------------------------------------------------------------------------------------------
 
-    def text(self, kind: Kind, tile: int, rows: int, context: int) -> float:
-        """Seconds of one language-model step over `rows` rows; one row sees `context` keys."""
+    def text(
+        self, kind: Kind, tile: int, rows: int, context: int, groups_per_call: int | None = None
+    ) -> float:
+        """Seconds of one language-model step over `rows` rows; one row sees `context` keys.
+
+        `groups_per_call`: key heads that a call of attention takes; None: all.
+        """
         text, step_s = self.model.text, self.measured.step_s
         pages = text_scratch(kind, self.model, tile, rows).size_bytes
         step_s += self._new_pages(pages, text.layers * (1 if rows > 1 else DECODED))
@@ -191,9 +219,13 @@ class Calls:
             )
         if kind != "self_attn":
             raise AssertionError(kind)
+        more = (-(-text.kv_heads // (groups_per_call or text.kv_heads)) - 1) * self._call(
+            text.head_dim
+        )
         if rows == 1:
             return (
                 step_s
+                + more
                 + self._project(1)
                 + text.kv_heads * self._attend("decode", text.head_dim, context)
             )
@@ -203,6 +235,7 @@ class Calls:
             count = stop - start
             seconds += self._project(count)
             seconds += text.heads * self._attend("causal", text.head_dim, count)
+            seconds += more * (2 if start else 1)
             seconds += self.first("attention")
             if start:
                 seconds += text.heads * self._attend("full", text.head_dim, count, start)
@@ -216,9 +249,8 @@ class Calls:
         heads, groups = text.heads * size, text.kv_heads * size
         seconds = self.norm(rows, width) + self.product(rows, width, heads, True)
         seconds += 2 * self.product(rows, width, groups, True)
-        seconds += self.elements("angles_text", rows * size // 2)
-        seconds += self.rows("rope_text", rows, heads, ROPE_ROWS)
-        seconds += self.rows("rope_text", rows, groups, ROPE_ROWS)
+        seconds += self._angles("text", rows, size)
+        seconds += self._rope("text", rows, heads, size) + self._rope("text", rows, groups, size)
         seconds += self.elements("copy", rows * heads)
         return (
             seconds + self.product(rows, heads, width, False) + self.elements("add", rows * width)

@@ -123,10 +123,15 @@ class Costs:
         seconds += self.elementwise(rows * width, NORM_PASSES + RESIDUAL_PASSES // 2, pieces)
         return seconds + self.elementwise(rows * inner, GATE_PASSES, pieces)
 
-    def text(self, kind: Kind, tile: int, rows: int, context: int) -> float:
-        """Seconds of one language-model step over `rows` rows that see `context` keys at their end."""
+    def text(
+        self, kind: Kind, tile: int, rows: int, context: int, groups_per_call: int | None = None
+    ) -> float:
+        """Seconds of one language-model step over `rows` rows that see `context` keys at their end.
+
+        `groups_per_call`: key heads that a call of attention takes; None: all.
+        """
         if self._calls:
-            return self._calls.text(kind, tile, rows, context)
+            return self._calls.text(kind, tile, rows, context, groups_per_call)
         text = self.model.text
         width = text.hidden
         heads, groups = text.heads * text.head_dim, text.kv_heads * text.head_dim

@@ -138,10 +138,11 @@ class Problem:
         if kind in ("self_attn", "text_mlp"):
             tile = tiles.prompt_rows if kind == "self_attn" else tiles.prompt_mlp_rows
             if phase == "prefill":
-                return self.costs.text(kind, tile, self.workload.prompt_tokens, 0)
+                rows = self.workload.prompt_tokens
+                return self.costs.text(kind, tile, rows, 0, tiles.prompt_heads)
             # the cache grows with every token; half-way is the mean
             seen = self.workload.prompt_tokens + self.workload.max_new_tokens // 2
-            return self.costs.text(kind, 1, 1, seen)
+            return self.costs.text(kind, 1, 1, seen, tiles.prompt_heads)
         return self.costs.small(kind, head_rows)
 
     def _start_s(self, tiles: Tiles) -> float:

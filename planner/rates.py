@@ -86,7 +86,8 @@ class HeadDim(Frozen):
     """Attention of heads of one size, seconds for one head of a call over several.
 
     full: (query rows, keys) without a mask. causal: rows of a square. window: rows of one window, a batch of windows
-    a call. decode: keys that one row sees, for one key head and the query heads that share it.
+    a call. decode: keys that one row sees, for one key head and the query heads that share it. call_s: the smallest
+    whole call. rope_*, angles_*: one sub-tile, by its elements; short heads make for short inner loops.
     """
 
     head_dim: PositiveInt
@@ -94,15 +95,23 @@ class HeadDim(Frozen):
     causal: Curve = Field(min_length=1)
     window: Curve = Field(min_length=1)
     decode: Curve = Field(min_length=1)
+    call_s: PositiveFloat
+    rope_vision: Curve = Field(min_length=1)
+    rope_text: Curve = Field(min_length=1)
+    angles_vision: Curve = Field(min_length=1)
+    angles_text: Curve = Field(min_length=1)
+
+    def curves(self) -> tuple[Curve, ...]:
+        """All tables by one size."""
+        turned = (self.rope_vision, self.rope_text, self.angles_vision, self.angles_text)
+        return (self.causal, self.window, self.decode, *turned)
 
 
-PASSES = (
-    *("norm", "rope_vision", "rope_text", "angles_vision", "angles_text"),
-    *("gate", "gelu", "add", "copy", "bias", "merge"),
-)
+PASSES = ("norm", "gate", "gelu", "add", "copy", "bias", "merge")
+TURNS = ("rope_vision", "rope_text", "angles_vision", "angles_text")  # by head size
 
 
-CALLS = (*PASSES, "product", "vector", "attention", "sample")
+CALLS = (*PASSES, *TURNS, "product", "vector", "attention", "sample")
 CACHE_BYTES = (
     8 * 2**20
 )  # weights of a token beyond which its code and activations leave the nearest caches
@@ -132,7 +141,7 @@ class Kernels(Frozen):
                 )
         curves = [*self.passes.values()]
         for dim in self.attention:
-            curves += [dim.causal, dim.window, dim.decode]
+            curves += dim.curves()
         for curve in curves:
             sizes = [point[0] for point in curve]
             if not sizes or sizes != sorted(set(sizes)):
@@ -145,10 +154,17 @@ class Kernels(Frozen):
     def heads(self, head_dim: int) -> tuple[tuple[HeadDim, float], ...]:
         """The measured head sizes next to that one, with their weights: linear between, in proportion beyond the last."""
         dims = self.attention
+        if head_dim > dims[-1].head_dim:
+            return ((dims[-1], head_dim / dims[-1].head_dim),)
+        return self.turned(head_dim)
+
+    def turned(self, head_dim: int) -> tuple[tuple[HeadDim, float], ...]:
+        """The same, constant beyond the last: for what is tabulated by elements."""
+        dims = self.attention
         if head_dim <= dims[0].head_dim:
             return ((dims[0], 1.0),)
         if head_dim >= dims[-1].head_dim:
-            return ((dims[-1], head_dim / dims[-1].head_dim),)
+            return ((dims[-1], 1.0),)
         right = next(i for i, dim in enumerate(dims) if dim.head_dim >= head_dim)
         low, high = dims[right - 1], dims[right]
         share = (head_dim - low.head_dim) / (high.head_dim - low.head_dim)

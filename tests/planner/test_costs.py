@@ -18,7 +18,7 @@ from planner.errors import InputError
 from planner.fronts import START
 from planner.plan import ModelShape, Tiles
 from planner.profile import DeviceProfile, dumps, load_profile
-from planner.rates import CALLS, PASSES, Grid, HeadDim, Kernels, Measured, seconds_at
+from planner.rates import CALLS, PASSES, TURNS, Grid, HeadDim, Kernels, Measured, seconds_at
 from planner.spec import builtin
 
 MS = 1e-3
@@ -32,6 +32,8 @@ def kernels(**changes: Any) -> Kernels:
         causal=((1, 1e-6), (1000, 0.5)),
         window=((16, 1e-5), (64, 4e-5)),
         decode=((1, 1e-6), (1000, MS)),
+        call_s=1e-12,
+        **dict.fromkeys(TURNS, ((1, 1e-09), (1000, 1e-06))),
     )
     data: dict[str, Any] = {
         "product": Grid(first=(1, 1000), second=(1, 1000), seconds=((1e-9, 1e-6), (1e-6, MS))),

@@ -122,4 +122,4 @@ def test_busy_cores_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     readings = iter([(90.0, 10.0, 100.0)])
     monkeypatch.setattr(busy, "_before", (0.0, 0.0, 0.0))
     monkeypatch.setattr(busy, "_read", lambda: next(readings))
-    assert busy.share_of_others() == pytest.approx(0.8)
+    assert busy.of_others() == (80.0, 100.0)
