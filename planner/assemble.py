@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -194,6 +195,20 @@ def work_out(problem: Problem, drafted_: Draft) -> Evaluated:
         workspace_error_bytes=workspace_error,
         blocks_error_bytes=blocks_error,
     )
+
+
+def card_bound(problem: Problem, arena_bytes: int, outside: Sequence[tuple[Outside, ...]]) -> int:
+    """The bound of a plan on a card with such an arena and steps that take these blocks."""
+    scratch = max((peak_bytes(blocks) for blocks in outside), default=0)
+    card = card_bytes(
+        arena_bytes,
+        problem.kept,
+        outside,
+        scratch_bytes=scratch,
+        alloc_conf=problem.alloc_conf,
+    )
+    error = problem.profile.context_error_bytes + WORKSPACE_ERROR_BYTES + BLOCKS_ERROR_BYTES
+    return problem.profile.context_bytes + card.doubled + error
 
 
 def _loaded_bytes(drafted: Program) -> int:

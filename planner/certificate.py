@@ -2,54 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from planner.assemble import Evaluated, evaluate
 from planner.errors import BudgetTooSmall
-from planner.fronts import START, VOCABULARY_ROWS, prefill_front, vision_front
+from planner.fronts import START
 from planner.graph import Intervals
+from planner.parts import worked
 from planner.problem import Problem
 from planner.schedule import Choice, PhaseResidency
+from planner.space import Space
 from planner.units import format_gb_up, format_gib
 from planner.workload import plan_image
 
 SHOWN_BYTES = 5 * 2**20 + 2**18  # terms below would read 0.00 GiB
+TRIED = 24  # settings worked out, at most, to find the one that needs least
 FEWEST_TOKENS = 16  # an answer shorter than this is not suggested
 
 
-def least_plan(problem: Problem) -> Evaluated:
-    """The candidate with the least bound: everything streamed through one slot, smallest tiles."""
-    nothing = PhaseResidency(0, 0)
-    workload = problem.workload
-    element = problem.costs.element
-    text = problem.model.text
-    everything = tuple(range(len(workload.images)))
-    modes = [True, False] if len(everything) > 1 else [True]
-    pinned = problem.request.tiles
-    rows = min(VOCABULARY_ROWS) if pinned is None else pinned.vocabulary_rows
+def least_plan(problem: Problem, space: Space | None = None) -> Evaluated:
+    """The plan with the least bound: everything streamed through one slot, in tiles of which none needs less.
+
+    Settings are worked out in order of their least bytes by the closed form, until none can need less than the best.
+    """
+    space = space or Space(problem)
     best: Evaluated | None = None
-    for together in modes:
-        tiles: dict[str, int] = {"vocabulary_rows": min(rows, text.vocabulary)}
-        if everything:
-            groups = [everything] if together else [(i,) for i in everything]
-            out = workload.prompt_tokens * text.hidden * element
-            tiles |= vision_front(problem, groups, {"merger": out})[0].tiles
-        tiles |= prefill_front(problem)[0].tiles
-        choice = Choice(
-            "vision_then_llm",
-            together,
-            1,
-            nothing,
-            nothing,
-            nothing,
-            START.model_copy(update=tiles),
-        )
+    settings = sorted(_streamed(space), key=lambda setting: setting[0])
+    for number, (bound, choice) in enumerate(settings):
+        if best is not None and (bound >= best.bound_bytes or number == TRIED):
+            break
         found = evaluate(problem, choice)
         if best is None or found.bound_bytes < best.bound_bytes:
             best = found
     assert best is not None
     return best
+
+
+def _streamed(space: Space) -> Iterator[tuple[int, Choice]]:
+    """Settings with everything streamed through one slot, and at least how many bytes they need; for each peak the tiles for which libraries keep least."""
+    problem, nothing = space.problem, PhaseResidency(0, 0)
+    seen: set[Choice] = set()
+    for together in space.modes:
+        for rows in space.vocabulary_rows():
+            frames = [space.parts.vision(together, nothing, 1, False)]
+            frames.append(space.parts.prefill(nothing, nothing, 1, rows))
+            kinds = [
+                (frame.base[kind], found)
+                for frame, options in zip(
+                    frames, (space.vision[together], space.prefill), strict=True
+                )
+                for kind, found in options.items()
+            ]
+            for cap in space.caps:
+                within = [
+                    (base, [o for o in found if o.outside <= cap] or found) for base, found in kinds
+                ]
+                floor = max(
+                    (min(base + o.bytes for o in found) for base, found in within), default=0
+                )
+                peaks = {base + o.bytes for base, found in within for o in found}
+                for peak in sorted({floor, *peaks}):
+                    if peak < floor or (peak > floor and not problem.on_cpu):
+                        continue
+                    tiles: dict[str, int] = {"vocabulary_rows": rows}
+                    for base, found in within:
+                        fitting = [o for o in found if base + o.bytes <= peak]
+                        tiles.update(min(fitting, key=lambda o: (o.kept, o.bytes)).tiles)
+                    start = (problem.request.tiles or START).model_copy(update=tiles)
+                    choice = Choice(
+                        "vision_then_llm", together, 1, nothing, nothing, nothing, start
+                    )
+                    if choice not in seen:
+                        seen.add(choice)
+                        found_ = worked(space.parts, choice)
+                        yield space.footprint.bound(choice, found_.live, found_.held), choice
 
 
 def certificate(problem: Problem, smallest: Evaluated) -> BudgetTooSmall:

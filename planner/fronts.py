@@ -1,16 +1,19 @@
-"""Tile choices of a phase, reduced to their Pareto front of (transient bytes, seconds).
+"""The lists of tiles, and of each kind of step the fastest tile that fits.
 
-Kinds of steps never run at the same time, so a phase's transient bytes are the maximum over its kinds and its seconds
-the sum. For every limit on bytes each kind takes its fastest tile below the limit; the distinct results are the front.
+Kinds of steps never run at once: what is alive beside a kind's scratch does not depend on the tiles of the others, so
+each kind takes its own fastest. What kernels take outside the arena counts with the step on the CPU; on a card it stays
+reserved, so that one cap on it holds for all kinds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from planner.buffers import VISION_KINDS
 from planner.plan import Kind, Phase, Tiles
 from planner.problem import Problem
+from planner.workspace import gemm_shapes
 
 ROWS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 WINDOW_ROWS = (64, 256, 512, 1024, 2048, 4096)
@@ -33,56 +36,24 @@ START = Tiles(
 
 
 class Option(NamedTuple):
-    """One tile setting of one kind of step: bytes of one step, seconds of all of the phase's steps of that kind."""
+    """One tile setting of one kind of step: seconds of all of the phase's steps of that kind, bytes of one of them.
 
+    `bytes` is what it adds to what is held: scratch, on the CPU with the blocks outside the arena. `kept`: what the
+    CPU's library keeps for its products.
+    """
+
+    seconds: float
     bytes: int
     outside: int
-    seconds: float
-    tiles: dict[str, int]
+    tiles: Mapping[str, int]
+    kept: int = 0
 
 
-class Point(NamedTuple):
-    """One point of a phase's front; `outside` is the most that any of its steps takes outside the arena."""
-
-    bytes: int
-    outside: int
-    seconds: float
-    tiles: dict[str, int]
+Options = Mapping[Kind, Sequence[Option]]
 
 
-def front(kinds: Iterable[Sequence[Option]], cap: int | None) -> list[Point]:
-    """Pareto front, fewest bytes first, seconds strictly falling; of options within `cap` bytes outside the arena, where a kind has one."""
-    options = []
-    for kind in kinds:
-        within = [o for o in kind if cap is None or o.outside <= cap]
-        options.append(within or [min(kind, key=lambda o: o.outside)])
-    floor = max((min(o.bytes for o in kind) for kind in options), default=0)
-    limits = sorted({o.bytes for kind in options for o in kind if o.bytes >= floor})
-    points: list[Point] = []
-    for limit in limits:
-        chosen = [min((o for o in kind if o.bytes <= limit), key=_fastest) for kind in options]
-        seconds = sum(option.seconds for option in chosen)
-        if points and seconds >= points[-1].seconds:
-            continue
-        tiles: dict[str, int] = {}
-        for option in chosen:
-            tiles.update(option.tiles)
-        most = max(option.outside for option in chosen)
-        points.append(Point(max(option.bytes for option in chosen), most, seconds, tiles))
-    return points
-
-
-def _fastest(option: Option) -> tuple[float, int]:
-    return (option.seconds, option.bytes)
-
-
-def vision_front(
-    problem: Problem,
-    groups: Sequence[tuple[int, ...]],
-    extra: dict[Kind, int],
-    cap: int | None = None,
-) -> list[Point]:
-    """Front of the vision phase; `extra` bytes are alive besides during steps of a kind."""
+def vision_options(problem: Problem, groups: Sequence[tuple[int, ...]]) -> Options:
+    """Of each kind of vision step its options, the fastest first; none that another beats in everything."""
     shape = problem.model.vision
     full = len(shape.full_attention_blocks)
     counts: dict[Kind, int] = {
@@ -100,51 +71,112 @@ def vision_front(
         "vision_mlp": [{"vision_mlp_rows": r} for r in ROWS],
         "merger": [{"merger_rows": r} for r in MERGER_ROWS],
     }
+    if not groups:
+        return {}
     largest = max(image.patches for image in problem.workload.images)
-    limits = {"merger": largest // 4}
-    kinds = (
-        [
-            _option(problem, kind, "vision", groups, setting, counts[kind], extra.get(kind, 0))
-            for setting in _distinct(settings[kind], limits.get(kind, largest), problem)
-        ]
+    rows = dict.fromkeys(settings, largest) | {"merger": largest // 4}
+    if len(groups) == 1:
+        rows["vision_mlp"] = sum(image.patches for image in problem.workload.images)
+    return {
+        kind: _options(
+            problem,
+            kind,
+            "vision",
+            groups,
+            _distinct(settings[kind], rows[kind], problem),
+            counts[kind],
+        )
         for kind in settings
         if counts[kind]
-    )
-    return front(kinds, cap)
+    }
 
 
-def prefill_front(problem: Problem, cap: int | None = None) -> list[Point]:
-    """Front of the prefill phase."""
-    text = problem.model.text
+def prefill_options(problem: Problem) -> Options:
+    """The same for the language model over the prompt."""
+    text, rows = problem.model.text, problem.workload.prompt_tokens
     heads = _divisors(text.kv_heads) if problem.on_cpu else [text.kv_heads]
     settings: dict[Kind, list[dict[str, int]]] = {
         "self_attn": [{"prompt_rows": r, "prompt_heads": h} for r in ROWS for h in heads],
         "text_mlp": [{"prompt_mlp_rows": r} for r in ROWS],
     }
-    kinds = (
-        [
-            _option(problem, kind, "prefill", [()], setting, text.layers, 0)
-            for setting in _distinct(settings[kind], problem.workload.prompt_tokens, problem)
-        ]
+    return {
+        kind: _options(
+            problem, kind, "prefill", [()], _distinct(settings[kind], rows, problem), text.layers
+        )
         for kind in settings
+    }
+
+
+def fastest(
+    options: Options, base: Mapping[Kind, int], room: float, cap: float
+) -> dict[str, int] | None:
+    """Of each kind the fastest tiles beside `base` bytes within `room`, and within `cap` outside the arena; None where a kind has none."""
+    tiles: dict[str, int] = {}
+    for kind, found in options.items():
+        left = room - base[kind]
+        chosen = next((o for o in found if o.bytes <= left and o.outside <= cap), None)
+        if chosen is None:
+            return None
+        tiles.update(chosen.tiles)
+    return tiles
+
+
+def least_seconds(options: Options, cap: float) -> float:
+    """Seconds of all steps with the fastest tiles within `cap` bytes outside the arena."""
+    return sum(
+        next((o.seconds for o in found if o.outside <= cap), float("inf"))
+        for found in options.values()
     )
-    return front(kinds, cap)
 
 
-def _option(
+def caps(problem: Problem, *options: Options) -> list[float]:
+    """Every limit on bytes outside the arena that makes a difference, the largest first; on the CPU none does."""
+    if problem.on_cpu:
+        return [float("inf")]
+    kinds = [found for each in options for found in each.values()]
+    least = max((min(o.outside for o in found) for found in kinds), default=0)
+    distinct = {o.outside for found in kinds for o in found if o.outside >= least} | {least}
+    return sorted(distinct, reverse=True)
+
+
+def _options(
     problem: Problem,
     kind: Kind,
     phase: Phase,
     groups: Sequence[tuple[int, ...]],
-    setting: dict[str, int],
+    settings: Sequence[Mapping[str, int]],
     count: int,
-    extra: int,
-) -> Option:
-    tiles = START.model_copy(update=setting)
-    sizes = [problem.transient(kind, phase, tiles, group) for group in groups]
-    seconds = sum(problem.seconds(kind, phase, tiles, group, 0) for group in groups) * count
-    size, outside = max(s for s, _ in sizes) + extra, max(o for _, o in sizes)
-    return Option(size, outside, seconds, setting)
+) -> list[Option]:
+    found = []
+    for setting in settings:
+        tiles = START.model_copy(update=dict(setting))
+        taken = [problem.taken(kind, phase, tiles, group) for group in groups]
+        seconds = sum(problem.seconds(kind, phase, tiles, group, 0) for group in groups) * count
+        scratch = max(size for size, _ in taken)
+        outside = max(size for _, size in taken)
+        size = scratch
+        if problem.on_cpu:
+            # one buffer for all groups, each group's own blocks
+            size = scratch + outside
+        kept_bytes = sum(map(problem.kept_bytes, products(problem, kind, tiles)))
+        found.append(Option(seconds, size, outside, setting, kept_bytes))
+    found.sort(key=lambda o: (o.seconds, o.bytes, o.outside, o.kept))
+    kept: list[Option] = []
+    for option in found:
+        if not any(
+            o.bytes <= option.bytes and o.outside <= option.outside and o.kept <= option.kept
+            for o in kept
+        ):
+            kept.append(option)
+    return kept
+
+
+def products(problem: Problem, kind: Kind, tiles: Tiles) -> frozenset[tuple[int, int, int]]:
+    """The products of a kind's steps, whichever way images are handled."""
+    if not problem.on_cpu:
+        return frozenset()
+    images = problem.workload.images if kind in VISION_KINDS else ()
+    return gemm_shapes(kind, problem.model, tiles, images, problem.workload.prompt_tokens)
 
 
 def _distinct(

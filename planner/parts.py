@@ -1,9 +1,9 @@
 """A setting of the levers in three parts (vision, prefill, decode), worked out by index: seconds and live bytes, without names.
 
-The same program as `planner.schedule` writes, as numbers: of each part the seconds of its steps, its copies as jobs,
-and the arena bytes alive at each step. With vision before the language model the parts do not overlap, so that a
-setting's seconds are the sum of theirs and its live bytes one list behind another. Each part is computed once per
-setting of the levers it depends on. Tests hold it against the program, its graph and its timeline.
+The same program as `planner.schedule` writes, as numbers. A *frame* is a part without tiles: which step needs which
+weights, the copies as jobs of a queue, the arena bytes alive beside a step's own scratch. Tiles add seconds, scratch
+and blocks outside the arena, kind by kind. With vision before the language model the parts do not overlap: seconds are
+the sum of theirs, and the peak is the highest of theirs. Tests hold all of it against program, graph and timeline.
 """
 
 from __future__ import annotations
@@ -14,59 +14,52 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from planner import buffers
-from planner.plan import Kind, Phase, Tiles
+from planner.plan import Kind, Tiles
 from planner.problem import Problem
 from planner.queues import Job, Loop, line, loop, queue
 from planner.schedule import LOOKAHEAD, Choice, PhaseResidency, refills
-from planner.workspace import peak_bytes
+from planner.workload import host_bytes
 
 
-class Steps(NamedTuple):
-    """A part without weights: of each step its seconds, its live bytes, its blocks outside the arena, and the size of its unit (0: none)."""
+class Bare(NamedTuple):
+    """A part without weights and tiles: of each step its kind, its images, its unit's size (0: none), the live bytes beside its scratch.
 
-    seconds: list[float]
-    live: list[int]
-    outside: list[int]
+    `unwritten`: of these, what the device need not hold yet (arena pages on the CPU), less what the host holds there.
+    """
+
+    kinds: list[Kind]
+    images: list[tuple[int, ...]]
     units: list[int]
+    live: list[int]
+    unwritten: list[int]
 
 
-@dataclass(frozen=True)
-class Part:
-    """A part with its weights. `jobs` by need; `sizes` of their units; `early`: the jobs that the order `prefetch` may bring before."""
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """A part with its weights. `jobs` by need, `sizes` of their units; `early`: jobs that the order `prefetch` may bring before.
 
-    steps: Steps
+    `live`: arena bytes alive at each step beside its scratch; `held`: device bytes that are at least held there.
+    """
+
+    bare: Bare
     jobs: list[Job]
     sizes: list[int]
     early: list[int]
     live: list[int]
+    held: list[int]
 
     @cached_property
-    def peak(self) -> int:
-        return max(self.live)
+    def base(self) -> dict[Kind, int]:
+        """The most bytes held beside the scratch, over all steps of a kind."""
+        most: dict[Kind, int] = {}
+        for kind, held in zip(self.bare.kinds, self.held, strict=True):
+            if held > most.get(kind, -1):
+                most[kind] = held
+        return most
 
     @cached_property
-    def peak_outside(self) -> int:
-        return max(self.steps.outside)
-
-    @cached_property
-    def seconds(self) -> tuple[float, float]:
-        """Alone, from both queues idle to the end of its last step: with a patient queue, and with another."""
-        return seconds_of(self.steps.seconds, self.jobs)
-
-
-def seconds_of(steps: Sequence[float], jobs: Sequence[Job]) -> tuple[float, float]:
-    """With a patient queue, and with another."""
-    if not steps:
-        return 0.0, 0.0
-    found: list[float] = []
-    orders: list[list[int]] = []
-    for patient in (True, False):
-        order = queue(steps, jobs, patient=patient)
-        if order in orders:
-            return found[0], found[0]
-        orders.append(order)
-        found.append(line(steps, [jobs[number] for number in order])[0][-1])
-    return found[0], found[1]
+    def copy_seconds(self) -> float:
+        return sum(job.seconds for job in self.jobs)
 
 
 class Parts:
@@ -74,204 +67,230 @@ class Parts:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.vision_steps = lru_cache(maxsize=None)(self._vision_steps)
-        self.text_steps = lru_cache(maxsize=None)(self._text_steps)
+        self.repeats = max(problem.workload.max_new_tokens - 1, 0)
+        self.bare_vision = lru_cache(maxsize=None)(self._bare_vision)
+        self.bare_text = lru_cache(maxsize=None)(self._bare_text)
         self.vision = lru_cache(maxsize=None)(self._vision)
         self.prefill = lru_cache(maxsize=None)(self._prefill)
         self.decode = lru_cache(maxsize=None)(self._decode)
-        self.repeats = max(problem.workload.max_new_tokens - 1, 0)
+        self.looped = lru_cache(maxsize=None)(self._looped)
 
     # --- vision -------------------------------------------------------------------------------------------------
 
     def groups(self, together: bool) -> list[tuple[int, ...]]:
+        """Which images run at once."""
         everything = tuple(range(len(self.problem.workload.images)))
         if not everything:
             return []
         return [everything] if together else [(i,) for i in everything]
 
-    def _vision_steps(self, together: bool, tiles: Tiles) -> Steps:
+    def _bare_vision(self, together: bool) -> Bare:
         problem, model, workload = self.problem, self.problem.model, self.problem.workload
         shape, groups = model.vision, self.groups(together)
         sizes = problem.unit_sizes(model.text.vocabulary)
-        block: list[tuple[Kind, int]] = []
-        for index in range(shape.depth):
-            full = index in shape.full_attention_blocks
-            block.append(
-                ("full_attn" if full else "window_attn", sizes[f"visual/blocks.{index}.attn"])
-            )
-            block.append(("vision_mlp", sizes[f"visual/blocks.{index}.mlp"]))
-        kinds: list[tuple[Kind, int]] = [
-            ("patch_embed", sizes["visual/patch_embed"]),
-            *block,
-            ("merger", sizes["visual/merger"]),
-        ]
+        kinds: list[Kind] = ["patch_embed"]
+        for block in range(shape.depth):
+            full = block in shape.full_attention_blocks
+            kinds += ["full_attn" if full else "window_attn", "vision_mlp"]
+        kinds.append("merger")
+        attn, mlp = sizes["visual/blocks.0.attn"], sizes["visual/blocks.0.mlp"]
+        units = [sizes["visual/patch_embed"], *[attn, mlp] * shape.depth, sizes["visual/merger"]]
         out = buffers.residual(model, workload.prompt_tokens, model.text.hidden).size_bytes
-        x = max(
-            (
-                buffers.residual(
-                    model, sum(workload.images[i].patches for i in group), shape.hidden
-                ).size_bytes
-                for group in groups
-            ),
-            default=0,
-        )
-        scratch = {
-            kind: max(
-                (problem.scratch(kind, "vision", tiles, group).size_bytes for group in groups),
-                default=0,
-            )
-            for kind in {kind for kind, _ in kinds}
-        }
-        found = Steps([], [], [], [])
+        patches = [sum(workload.images[i].patches for i in group) for group in groups]
+        x = buffers.residual(model, max(patches, default=0), shape.hidden).size_bytes
+        found = Bare([], [], [], [], [])
         for number, group in enumerate(groups):
-            for kind, size in kinds:
-                held = out if number or kind == "merger" else 0
-                found.seconds.append(problem.seconds(kind, "vision", tiles, group, 0))
-                found.live.append(x + held + scratch[kind])
-                found.outside.append(peak_bytes(problem.outside(kind, "vision", tiles, group)))
+            # images of this and later groups stay on the host until their patches are embedded
+            waiting = [i for later in groups[number + 1 :] for i in later] if problem.on_cpu else []
+            for kind, size in zip(kinds, units, strict=True):
+                here = [*group, *waiting] if problem.on_cpu and kind == "patch_embed" else waiting
+                found.kinds.append(kind)
+                found.images.append(group)
                 found.units.append(size)
+                found.live.append(x + (out if number or kind == "merger" else 0))
+                host = sum(host_bytes(workload.images[i]).kept_bytes for i in here)
+                found.unwritten.append(-host)
         return found
 
-    def _vision(
-        self, together: bool, residency: PhaseResidency, depth: int, first: bool, tiles: Tiles
-    ) -> Part:
+    def _vision(self, together: bool, residency: PhaseResidency, depth: int, first: bool) -> Frame:
         """`first`: all residents come before the first step (the order `all_first`)."""
-        steps = self.vision_steps(together, tiles)
-        count, blocks = len(steps.seconds), self.problem.model.vision.depth
+        bare = self.bare_vision(together)
+        count, blocks = len(bare.kinds), self.problem.model.vision.depth
+        weights = _Weights(self.problem, bare)
         if not count:
-            return Part(steps, [], [], [], [])
+            return weights.frame()
         attn, mlp = residency.positions((blocks, blocks))[:2]
-        per_group = 2 * blocks + 2
-        own = {0, per_group - 1, *(2 * i + 1 for i in attn), *(2 * i + 2 for i in mlp)}
-        weights = _Weights(self.problem, steps, count)
+        each = 2 * blocks + 2  # steps of a group
+        own = {0, each - 1, *(2 * i + 1 for i in attn), *(2 * i + 2 for i in mlp)}
         for unit in sorted(own):
-            after = -1
-            if unit == per_group - 1 and not first:
-                after = max(unit - 1 - LOOKAHEAD, -1)  # the merger need not wait in memory
-            last = count - per_group + unit
-            weights.own(0 if first else unit, after, unit, last + 1, again=False)
-        streamed = [need for need in range(count) if need % per_group not in own]
-        weights.streamed(streamed, depth, again_from=per_group)
-        return weights.part()
+            # the merger is needed last: it need not wait in memory from the start
+            late = unit == each - 1 and not first
+            after = max(unit - 1 - LOOKAHEAD, -1) if late else -1
+            weights.own(0 if first else unit, after, unit, count - each + unit + 1)
+        streamed = [need for need in range(count) if need % each not in own]
+        weights.streamed(streamed, depth, again_from=each)
+        return weights.frame()
 
     # --- text ---------------------------------------------------------------------------------------------------
 
-    def _text_steps(self, phase: Phase, tiles: Tiles) -> Steps:
+    def _bare_text(self, decode: bool, vocabulary_rows: int) -> Bare:
         problem, model, workload = self.problem, self.problem.model, self.problem.workload
-        text, decode = model.text, phase == "decode"
-        sizes = problem.unit_sizes(tiles.vocabulary_rows)
+        text = model.text
+        sizes = problem.unit_sizes(vocabulary_rows)
         heads = [size for unit, size in sizes.items() if unit.startswith("text/lm_head[")]
+        kinds: list[Kind] = ["embed_tokens", *(("self_attn", "text_mlp") * text.layers), "norm"]
+        kinds += ["lm_head"] * len(heads)
+        kinds.append("sample")
+        attn, mlp = sizes["text/layers.0.self_attn"], sizes["text/layers.0.mlp"]
+        units = [0, *[attn, mlp] * text.layers, sizes["text/norm"], *heads, 0]
         rows = 1 if decode else workload.prompt_tokens
-        head_rows = min(tiles.vocabulary_rows, text.vocabulary)
         x = buffers.residual(model, rows, text.hidden).size_bytes
         kv = buffers.kv_cache(model, workload.context_tokens).size_bytes
+        behind = 0 if decode or not problem.on_cpu else self._unfilled()
         hidden, logits = buffers.hidden(model).size_bytes, buffers.logits(model).size_bytes
-        kinds: list[tuple[Kind, int]] = [("embed_tokens", 0)]
-        for layer in range(text.layers):
-            kinds.append(("self_attn", sizes[f"text/layers.{layer}.self_attn"]))
-            kinds.append(("text_mlp", sizes[f"text/layers.{layer}.mlp"]))
-        kinds.append(("norm", sizes["text/norm"]))
-        kinds += [("lm_head", size) for size in heads]
-        kinds.append(("sample", 0))
-        scratch = {
-            kind: problem.scratch(kind, phase, tiles, ()).size_bytes
-            for kind in ("self_attn", "text_mlp")
-        }
-        found = Steps([], [], [], [])
+        found = Bare(kinds, [()] * len(kinds), units, [], [])
         layers = text.layers if decode else 0
-        for kind, size in kinds:
-            if kind == "self_attn" and not decode:
-                layers += 1
-            live = (layers if self.repeats or kind == "self_attn" else 0) * kv
-            if not self.repeats and kind == "self_attn":
-                live = kv  # nobody reads it again
-            live += x if kind not in ("lm_head", "sample") else 0
-            live += scratch.get(kind, 0)
+        for kind in kinds:
+            layers += kind == "self_attn" and not decode
+            # without decode nobody reads a layer's keys and values again
+            alive = layers if self.repeats else int(kind == "self_attn")
+            live = alive * kv + (x if kind not in ("lm_head", "sample") else 0)
             live += hidden if kind in ("norm", "lm_head") else 0
             live += logits if kind in ("lm_head", "sample") else 0
-            found.seconds.append(problem.seconds(kind, phase, tiles, (), head_rows))
             found.live.append(live)
-            found.outside.append(peak_bytes(problem.outside(kind, phase, tiles, ())))
-            found.units.append(size)
+            found.unwritten.append(alive * behind)
         return found
+
+    def _unfilled(self) -> int:
+        """Bytes of one layer's KV cache that prefill does not write."""
+        model, workload = self.problem.model, self.problem.workload
+        whole = buffers.kv_cache(model, workload.context_tokens).size_bytes
+        row = 2 * model.text.kv_heads * model.text.head_dim * self.problem.costs.element
+        return whole - workload.prompt_tokens * row
 
     def _own(self, found: Sequence[frozenset[int]]) -> set[int]:
         layers = self.problem.model.text.layers
         attn, mlp, head = found
-        return {
-            *(2 * i + 1 for i in attn),
-            *(2 * i + 2 for i in mlp),
-            2 * layers + 1,  # the norm
-            *(2 * layers + 2 + i for i in head),
-        }
+        first_head = 2 * layers + 2
+        norm = {first_head - 1}
+        return norm.union(
+            (2 * i + 1 for i in attn), (2 * i + 2 for i in mlp), (first_head + i for i in head)
+        )
 
-    def _totals(self, steps: Steps) -> tuple[int, int, int]:
+    def totals(self, vocabulary_rows: int) -> tuple[int, int, int]:
+        """Attention halves, MLP halves and lm_head tiles of the language model."""
         layers = self.problem.model.text.layers
-        return layers, layers, len(steps.units) - 2 * layers - 3
+        return layers, layers, len(self.bare_text(True, vocabulary_rows).kinds) - 2 * layers - 3
 
     def _prefill(
-        self,
-        residency: PhaseResidency,
-        within: PhaseResidency,
-        depth: int,
-        tiles: Tiles,
-    ) -> Part:
-        """Steps are counted from the end of the vision tower."""
-        steps = self.text_steps("prefill", tiles)
-        count = len(steps.seconds)
-        own = self._own(residency.positions(self._totals(steps), within))
-        weights = _Weights(self.problem, steps, count)
+        self, residency: PhaseResidency, within: PhaseResidency, depth: int, vocabulary_rows: int
+    ) -> Frame:
+        """Steps and jobs are counted from the end of the vision tower."""
+        bare, totals = self.bare_text(False, vocabulary_rows), self.totals(vocabulary_rows)
+        own = self._own(residency.positions(totals, within))
+        weights = _Weights(self.problem, bare)
+        count = len(bare.kinds)
         for unit in sorted(own):
-            death = count if self.repeats else unit + 1
-            weights.own(unit, -1, unit, death, again=False)
-        streamed = [need for need in range(count) if steps.units[need] and need not in own]
+            weights.own(unit, -1, unit, count if self.repeats else unit + 1)
+        streamed = [need for need in range(count) if bare.units[need] and need not in own]
         weights.streamed(streamed, depth, again_from=count)
-        return weights.part()
+        return weights.frame()
 
     def _decode(
-        self,
-        residency: PhaseResidency,
-        prefill: PhaseResidency,
-        depth: int,
-        tiles: Tiles,
-    ) -> tuple[Loop, int]:
-        """Seconds of the loop, and the most arena bytes alive in it."""
-        steps = self.text_steps("decode", tiles)
-        count, totals = len(steps.seconds), self._totals(steps)
+        self, residency: PhaseResidency, prefill: PhaseResidency, depth: int, vocabulary_rows: int
+    ) -> Frame:
+        """The loop's body."""
+        bare, totals = self.bare_text(True, vocabulary_rows), self.totals(vocabulary_rows)
         own = self._own(residency.positions(totals))
         before = self._own(prefill.positions(totals, residency))
-        weights = _Weights(self.problem, steps, count)
+        weights = _Weights(self.problem, bare)
+        count = len(bare.kinds)
         for unit in sorted(own):
             weights.own(unit, -1, unit, count, again=True, brought=unit in before)
-        streamed = [need for need in range(count) if steps.units[need] and need not in own]
+        streamed = [need for need in range(count) if bare.units[need] and need not in own]
         weights.streamed(streamed, depth, again_from=0, looped=True)
-        part = weights.part()
-        return loop(steps.seconds, part.jobs, self.repeats), part.peak
+        return weights.frame()
+
+    def _looped(
+        self, residency: PhaseResidency, prefill: PhaseResidency, depth: int, tiles: Tiles
+    ) -> Loop:
+        frame = self.decode(residency, prefill, depth, tiles.vocabulary_rows)
+        steps = self.seconds("decode", frame.bare, tiles)
+        return loop(steps, frame.jobs, self.repeats)
+
+    # --- tiles --------------------------------------------------------------------------------------------------
+
+    def seconds(self, phase: str, bare: Bare, tiles: Tiles) -> list[float]:
+        """Seconds of each step."""
+        head_rows = min(tiles.vocabulary_rows, self.problem.model.text.vocabulary)
+        known: dict[tuple[Kind, tuple[int, ...]], float] = {}
+        for key in zip(bare.kinds, bare.images, strict=True):
+            if key not in known:
+                kind, images = key
+                known[key] = self.problem.seconds(kind, phase, tiles, images, head_rows)
+        return [known[key] for key in zip(bare.kinds, bare.images, strict=True)]
+
+    def scratch(self, phase: str, bare: Bare, tiles: Tiles) -> dict[Kind, tuple[int, int]]:
+        """Of each kind of step its scratch (one buffer for all groups) and its largest blocks outside the arena."""
+        most: dict[Kind, tuple[int, int]] = {}
+        for kind, images in dict.fromkeys(zip(bare.kinds, bare.images, strict=True)):
+            size, outside = self.problem.taken(kind, phase, tiles, images)  # type: ignore[arg-type]
+            known = most.get(kind, (0, 0))
+            most[kind] = max(known[0], size), max(known[1], outside)
+        return most
+
+    def live(self, phase: str, frame: Frame, tiles: Tiles) -> list[int]:
+        """Arena bytes alive at each step."""
+        scratch = self.scratch(phase, frame.bare, tiles)
+        pairs = zip(frame.live, frame.bare.kinds, strict=True)
+        return [live + scratch[kind][0] for live, kind in pairs]
+
+    def held(self, phase: str, frame: Frame, tiles: Tiles) -> int:
+        """The most bytes held at a step: of the arena, and on the CPU of its blocks outside it."""
+        scratch, on_cpu = self.scratch(phase, frame.bare, tiles), self.problem.on_cpu
+        return max(
+            (base + scratch[k][0] + on_cpu * scratch[k][1] for k, base in frame.base.items()),
+            default=0,
+        )
 
 
 class _Weights:
     """Collects the copies of a part and what they hold."""
 
-    def __init__(self, problem: Problem, steps: Steps, count: int) -> None:
+    def __init__(self, problem: Problem, bare: Bare) -> None:
         self.costs, self.cached = problem.costs, problem.cached
-        self.steps = steps
-        self.change = [0] * (count + 1)
-        self.found: list[tuple[Job, int, bool]] = []
-        self.once = False
+        self.by_pages = problem.on_cpu
+        self.known: dict[tuple[int, bool, bool], tuple[float, float]] = {}
+        self.bare = bare
+        self.change = [0] * (len(bare.kinds) + 1)
+        self.slack = [0] * (len(bare.kinds) + 1)  # of staging slots, beyond the unit in them
+        self.found: list[tuple[int, Job, int, bool]] = []
 
-    def _job(self, need: int, after: int, size: int, again: bool, fresh: bool) -> Job:
-        seconds = self.costs.copy(size, first=not again, cached=self.cached, fresh=fresh)
-        return Job(need, after, seconds, self.costs.stolen(size, fresh=fresh))
+    def _cost(self, size: int, *, again: bool, fresh: bool) -> tuple[float, float]:
+        """Seconds of a copy, and what it steals."""
+        key = (size, again, fresh)
+        known = self.known.get(key)
+        if known is None:
+            seconds = self.costs.copy(size, first=not again, cached=self.cached, fresh=fresh)
+            known = self.known[key] = seconds, self.costs.stolen(size, fresh=fresh)
+        return known
 
     def own(
-        self, need: int, after: int, unit: int, death: int, *, again: bool, brought: bool = False
+        self,
+        need: int,
+        after: int,
+        unit: int,
+        death: int,
+        *,
+        again: bool = False,
+        brought: bool = False,
     ) -> None:
-        size = self.steps.units[unit]
+        size = self.bare.units[unit]
         self.change[after + 1] += size
         self.change[death] -= size
         if not brought:
-            job = self._job(need, after, size, again, True)
-            self.found.append((job._replace(once=again), size, True))
+            cost = self._cost(size, again=again, fresh=True)
+            self.found.append((need, Job(need, after, *cost, False, again), size, True))
 
     def streamed(
         self, needs: Sequence[int], depth: int, *, again_from: int, looped: bool = False
@@ -279,81 +298,104 @@ class _Weights:
         slots = [0] * depth
         found = list(refills(needs, depth, loop=looped))
         for need, (slot, _, _) in zip(needs, found, strict=True):
-            slots[slot] = max(slots[slot], self.steps.units[need])
+            slots[slot] = max(slots[slot], self.bare.units[need])
         if looped:
             self.change[0] += sum(slots)
-        touched: set[int] = set()
+            self.slack[0] += sum(slots)
+        filled = [0] * depth
         for need, (slot, start, wraps) in zip(needs, found, strict=True):
-            size, after = self.steps.units[need], -1 if start is None else start
-            # a slot's pages are new to its first unit; in a loop that is one of many
-            fresh = not looped and slot not in touched
-            touched.add(slot)
-            job = self._job(need, after, size, need >= again_from, fresh)
-            self.found.append((job._replace(wraps=wraps), size, False))
-            if not looped:
+            size, after = self.bare.units[need], -1 if start is None or wraps else start
+            grown = max(size - filled[slot], 0)
+            filled[slot] += grown
+            if looped:
+                self.slack[after + 1] -= grown
+            else:
                 self.change[after + 1] += slots[slot]
                 self.change[need + 1] -= slots[slot]
+                self.slack[after + 1] += slots[slot] - filled[slot]
+                self.slack[need + 1] -= slots[slot] - filled[slot]
+            # a slot's pages are new to its first unit; in a loop that is one of many
+            again, fresh = need >= again_from, not looped and not filled[slot] - grown
+            cost = self._cost(size, again=again, fresh=fresh)
+            job = Job(need, -1 if start is None else start, *cost, wraps)
+            self.found.append((need, job, size, False))
 
-    def part(self) -> Part:
-        self.found.sort(key=lambda entry: entry[0].need)
-        total, live = 0, []
-        for change, held in zip(self.change, self.steps.live, strict=False):
-            total += change
-            live.append(total + held)
-        jobs = [job for job, _, _ in self.found]
-        sizes = [size for _, size, _ in self.found]
-        early = [number for number, (_, _, own) in enumerate(self.found) if own]
-        return Part(self.steps, jobs, sizes, early, live)
+    def frame(self) -> Frame:
+        self.found.sort(key=lambda entry: entry[0])
+        bare, total, slack = self.bare, 0, 0
+        live, held = [], []
+        for index in range(len(bare.kinds)):
+            total += self.change[index]
+            slack += self.slack[index]
+            live.append(total + bare.live[index])
+            held.append(live[-1] - slack * self.by_pages - bare.unwritten[index])
+        return Frame(
+            bare,
+            [job for _, job, _, _ in self.found],
+            [size for _, _, size, _ in self.found],
+            [number for number, (_, _, _, own) in enumerate(self.found) if own],
+            live,
+            held,
+        )
 
 
 # --- the whole ----------------------------------------------------------------------------------------------------
 
 
+def both(steps: Sequence[float], jobs: Sequence[Job]) -> tuple[float, float]:
+    """Seconds from both queues idle to the end of the last step: with a patient queue, and with another."""
+    if not steps:
+        return 0.0, 0.0
+    patient, other = (queue(steps, jobs, patient=patient) for patient in (True, False))
+    first = line(steps, [jobs[number] for number in patient])[0][-1]
+    if patient == other:
+        return first, first
+    return first, line(steps, [jobs[number] for number in other])[0][-1]
+
+
 class Worked(NamedTuple):
-    """Seconds of a setting, the most arena bytes alive, and the most bytes outside the arena."""
+    """Seconds of a setting, the most arena bytes alive, and the most bytes that are at least held (the CPU: with its steps' blocks)."""
 
     seconds: float
     live: int
-    outside: int
+    held: int
 
 
 def worked(parts: Parts, choice: Choice) -> Worked:
     """Seconds and bytes of one setting, exactly as its program and timeline have them."""
-    first = choice.order == "all_first"
-    vision = parts.vision(choice.images_together, choice.vision, choice.depth, first, choice.tiles)
-    prefill = parts.prefill(choice.prefill, choice.decode, choice.depth, choice.tiles)
-    rest, rest_live, rest_outside = 0.0, 0, 0
+    tiles, rows, first = choice.tiles, choice.tiles.vocabulary_rows, choice.order == "all_first"
+    vision = parts.vision(choice.images_together, choice.vision, choice.depth, first)
+    prefill = parts.prefill(choice.prefill, choice.decode, choice.depth, rows)
+    live = parts.live("vision", vision, tiles)
+    peak = max([*live, *parts.live("prefill", prefill, tiles)])
+    held = max(parts.held("vision", vision, tiles), parts.held("prefill", prefill, tiles))
+    rest = 0.0
     if parts.repeats:
-        found, rest_live = parts.decode(choice.decode, choice.prefill, choice.depth, choice.tiles)
-        rest = found.seconds(parts.repeats)
-        rest_outside = max(parts.text_steps("decode", choice.tiles).outside)
-    live_ = [*vision.live, *prefill.live]
-    outside = max([rest_outside, prefill.peak_outside, *vision.steps.outside])
-    if choice.order == "vision_then_llm" or not (first or vision.live):
-        pairs = zip(vision.seconds, prefill.seconds, strict=True)
-        return Worked(min(v + p for v, p in pairs) + rest, max(rest_live, *live_), outside)
-    count = len(vision.live)
-    sizes = [prefill.sizes[number] for number in prefill.early]
-    if first:
-        starts = [0] * len(sizes)
-    else:
-        capacity = max(rest_live, *live_)
-        starts = early_starts([capacity - held for held in vision.live], sizes)
+        decode = parts.decode(choice.decode, choice.prefill, choice.depth, rows)
+        peak = max(peak, *parts.live("decode", decode, tiles))
+        held = max(held, parts.held("decode", decode, tiles))
+        loop_ = parts.looped(choice.decode, choice.prefill, choice.depth, tiles)
+        rest = loop_.seconds(parts.repeats)
+    vision_steps = parts.seconds("vision", vision.bare, tiles)
+    prefill_steps = parts.seconds("prefill", prefill.bare, tiles)
+    if choice.order == "vision_then_llm" or not (first or live):
+        pairs = zip(both(vision_steps, vision.jobs), both(prefill_steps, prefill.jobs), strict=True)
+        return Worked(min(v + p for v, p in pairs) + rest, peak, held)
+    room = peak - choice.spare_bytes
+    count, sizes = len(live), [prefill.sizes[number] for number in prefill.early]
+    starts = [0] * len(sizes) if first else early_starts([room - held for held in live], sizes)
     jobs = [job._replace(need=job.need + count, after=job.after + count) for job in prefill.jobs]
     change = [0] * (count + 1)
     for number, start, size in zip(prefill.early, starts, sizes, strict=True):
         need = 0 if first else jobs[number].need
         jobs[number] = jobs[number]._replace(need=need, after=start - 1)
         change[start] += size
-    held = 0
+    early = 0
     for index in range(count):
-        held += change[index]
-        live_[index] += held
-    steps = [*vision.steps.seconds, *prefill.steps.seconds]
-    together = [*vision.jobs, *jobs]
-    together.sort(key=lambda job: job.need)
-    seconds = min(seconds_of(steps, together))
-    return Worked(seconds + rest, max(rest_live, *live_), outside)
+        early += change[index]
+        peak = max(peak, live[index] + early)
+    everything = sorted([*vision.jobs, *jobs], key=lambda job: job.need)
+    return Worked(min(both([*vision_steps, *prefill_steps], everything)) + rest, peak, held)
 
 
 def early_starts(free: Sequence[int], sizes: Sequence[int]) -> list[int]:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Literal
 
 from planner import kept_code, workspace
-from planner.buffers import VISION_KINDS, Layouted, text_scratch, vision_scratch
+from planner.buffers import SCRATCH_NAME, VISION_KINDS, Layouted, text_scratch, vision_scratch
 from planner.costs import Costs
 from planner.plan import (
     DTYPE_BYTES,
@@ -67,6 +67,7 @@ class Problem:
             amx=profile.amx,
             sm_count=profile.sm_count,
         )
+        self._taken: dict[tuple[Kind, Phase, Tiles, tuple[int, ...]], tuple[int, int]] = {}
         self.unit_sizes = lru_cache(maxsize=None)(self._unit_sizes)
         self.outside = lru_cache(maxsize=None)(self._outside)
         self.seconds = lru_cache(maxsize=None)(self._seconds)
@@ -118,6 +119,19 @@ class Problem:
         """Blocks that a step takes outside the arena."""
         return self.outside(step.kind, step.phase, tiles, step.images)
 
+    def taken(
+        self, kind: Kind, phase: Phase, tiles: Tiles, images: tuple[int, ...]
+    ) -> tuple[int, int]:
+        """(scratch of a kind's step in the arena, the most bytes its blocks outside the arena take at once)."""
+        known = self._taken.get((kind, phase, tiles, images))
+        if known is None:
+            scratch = 0
+            if kind in SCRATCH_NAME:
+                scratch = self.scratch(kind, phase, tiles, images).size_bytes
+            known = scratch, workspace.peak_bytes(self.outside(kind, phase, tiles, images))
+            self._taken[kind, phase, tiles, images] = known
+        return known
+
     def transient(
         self, kind: Kind, phase: Phase, tiles: Tiles, images: tuple[int, ...]
     ) -> tuple[int, int]:
@@ -126,8 +140,7 @@ class Problem:
         On a card blocks outside the arena stay reserved when they are given back: they count once for the whole plan,
         not with the step.
         """
-        outside = workspace.peak_bytes(self.outside(kind, phase, tiles, images))
-        scratch = self.scratch(kind, phase, tiles, images).size_bytes
+        scratch, outside = self.taken(kind, phase, tiles, images)
         return (scratch + outside if self.on_cpu else scratch), outside
 
     def _seconds(

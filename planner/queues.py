@@ -150,7 +150,11 @@ def loop(steps: Sequence[float], jobs: Sequence[Job], repeats: int) -> Loop:
             ends.append(compute)
         previous = ends
         marks.append(compute)
-    return Loop(marks[1] if repeats else 0.0, marks[-1] - marks[-2] if len(marks) > 2 else 0.0)
+    if len(marks) < 3:
+        return Loop(marks[-1], 0.0)
+    # what the first iterations had in hand does not last
+    copied = sum(job.seconds for job in jobs if not job.once)
+    return Loop(marks[1], max(marks[-1] - marks[-2], copied))
 
 
 def _pay(landing: deque[tuple[float, float]], end: float) -> float:

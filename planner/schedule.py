@@ -118,6 +118,7 @@ class Choice:
     prefill: PhaseResidency
     decode: PhaseResidency
     tiles: Tiles
+    spare_bytes: int = 0  # that what is prefetched leaves free, for gaps in the layout
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,54 +1,59 @@
 """The planner's table of contents: from a request to the fastest plan that fits.
 
-    tile fronts per phase → candidates (tiles x residency x depth) in order of their lower bound on seconds
-    → the best few, in each order of phases: program, graph, layout, bytes, seconds → the fastest that fits → Plan
+    the canonical space in order of lower bounds on seconds (`planner.space`), from coarse to fine
+    → settings in order of their exact seconds (`planner.parts`) → those whose bytes fit by the closed form
+    → program, graph, layout, bytes (`planner.assemble`) → the first that fits is the fastest → Plan
 
-Candidates are bounded in closed form (`planner.candidates`); the graph and the layout are built only for those that
-can still win.
+Nothing is cut off: a setting is left out only where its bound is not below the seconds of the plan.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
-from planner.assemble import Evaluated, assemble, draft, evaluate, work_out
-from planner.candidates import Candidate, candidates
+from planner.assemble import Evaluated, assemble, evaluate
 from planner.certificate import certificate, least_plan
 from planner.errors import BudgetTooSmall
 from planner.moves import moves, usual, usual_choice
-from planner.plan import Plan
+from planner.parts import worked
+from planner.plan import Order, Plan
 from planner.problem import Problem, Request
 from planner.profile import DeviceProfile
 from planner.schedule import Choice
-from planner.units import MIB, format_gib
-from planner.variants import evaluate_ordered, prefetched, variants
+from planner.space import Decoding, Filling, Root, Space
+from planner.units import format_gib
+from planner.variants import evaluate_ordered, variants
 
-BUILT = 4  # candidates whose graph and layout are built, per round
-CLOSE = 1e-3  # a candidate that can gain less than this share is not built
-OUTSIDE_CAPS = (8 * MIB, 48 * MIB, 256 * MIB)  # of kernels' blocks outside the arena, on a card
-ROUNDS = 3  # each with what candidates of the last one took beside their closed form taken off
-
+WEIGHED, SHORT = 1200, 200_000  # nodes of the space opened, at most; more where programs are short
+SLOPE, STEEPER = 1 / 256, 40  # by which refined nodes are preferred then; doubled after so many
+DIVED = 480  # nodes opened on the way to a plan where the search was cut off, at most
+BUILT = 24  # settings whose program, graph and layout are built, at most
 
 __all__ = ["Request", "build", "search", "usual_way"]
 
 
 def search(request: Request, device: DeviceProfile, *, compared: bool = True) -> Plan:
-    """The fastest plan found whose bound fits the budget; BudgetTooSmall carries the certificate. `compared`: with variants and moves."""
+    """The fastest plan whose bound fits the budget; BudgetTooSmall carries the certificate. `compared`: with variants and moves."""
     problem = Problem(request, device)
-    smallest = least_plan(problem)
+    space = Space(problem)
+    smallest = least_plan(problem, space)
     budget = request.budget_bytes
     if budget is not None and budget < smallest.bound_bytes:
         raise certificate(problem, smallest)
-    best, weighed, lower_bound = _best(problem, budget, smallest)
+    steps = len(smallest.program.steps)
+    weighed, built = max(WEIGHED, SHORT // steps), max(BUILT, SHORT // 50 // steps)
+    found = fastest(space, smallest, weighed_most=weighed, built_most=built)
     return assemble(
         problem,
-        best,
-        lower_bound=min(lower_bound, best.seconds),
-        candidates=weighed,
+        found.best,
+        lower_bound=found.lower_bound,
+        candidates=found.weighed,
         smallest_bytes=smallest.bound_bytes,
-        variants=(*variants(problem, best), usual(problem)) if compared else (),
-        moves=moves(problem, best) if compared else (),
+        variants=(*variants(problem, found.best), usual(problem)) if compared else (),
+        moves=moves(problem, found.best) if compared else (),
     )
 
 
@@ -86,64 +91,189 @@ def usual_way(request: Request, device: DeviceProfile) -> Plan:
     )
 
 
-def _best(
-    problem: Problem, budget: int | None, smallest: Evaluated
-) -> tuple[Evaluated, int, float]:
-    """The fastest evaluated candidate that fits, how many were weighed, and a lower bound on seconds over all."""
-    budget_left = None if budget is None else budget - _fixed_bytes(problem, smallest)
-    caps = OUTSIDE_CAPS if budget is not None and not problem.on_cpu else (None,)
-    best, weighed, rest = smallest, 0, 0
-    lower_bound = smallest.seconds
-    for round_ in range(ROUNDS):
-        ranked: list[Candidate] = []
-        for cap in caps:
-            allowance = None
-            if budget is not None and budget_left is not None:
-                allowance = min(budget_left - (cap or 0), budget - rest)
-            ranked += candidates(problem, allowance, cap)
-        ranked.sort(key=_rank)
-        weighed += len(ranked)
-        if round_ == 0 and ranked:
-            lower_bound = ranked[0].bound_s
-        passed = False
-        for candidate in ranked[:BUILT]:
-            if candidate.bound_s >= best.seconds * (1 - CLOSE):
-                break
-            for found in _orders(problem, candidate.choice, best.seconds):
-                if budget is not None and found.bound_bytes > budget:
-                    if found.choice.order == "vision_then_llm":
-                        passed = True
-                        # beside what the closed form counts; the allocator's segments make it differ
-                        rest = max(rest, found.bound_bytes - candidate.bytes)
-                elif (found.seconds, found.peak_bytes) < (best.seconds, best.peak_bytes):
-                    best = found
-        if not passed or budget is None:
+class Found(NamedTuple):
+    best: Evaluated
+    weighed: int  # nodes of the space that were looked at
+    lower_bound: float
+    built: int
+
+
+class Setting(NamedTuple):
+    """All levers of a filling but the vision tower's number and the order; with `order`, those too."""
+
+    filling: Filling
+    number: int
+    order: Order
+
+
+class Timed(NamedTuple):
+    """A setting whose seconds are exact and whose bytes may fit."""
+
+    setting: Setting
+    choice: Choice
+
+
+Node = Root | Decoding | Filling | Setting | Timed
+
+
+class Entry(NamedTuple):
+    """A node in the queue: the least key first, of equal ones the more refined, then the earlier."""
+
+    key: float
+    coarseness: int
+    number: int
+    bound: float
+    node: Node
+
+
+def fastest(
+    space: Space, smallest: Evaluated, *, weighed_most: int = WEIGHED, built_most: int = BUILT
+) -> Found:
+    """The first setting in order of bounds that is worked out in full and fits: no other is faster.
+
+    After `weighed_most` nodes, or `built_most` plans that did not fit, a plan near the least bound; the bound stays true.
+    """
+    queue = _Queue(space)
+    while queue.heap:
+        if queue.weighed >= weighed_most or queue.built >= built_most:
+            lower_bound = min(smallest.seconds, queue.heap[0].bound)
+            best = _dive(space, queue, smallest)
+            return Found(best, queue.weighed, lower_bound, queue.built)
+        entry = heapq.heappop(queue.heap)
+        if entry.bound >= smallest.seconds:
             break
-    return best, weighed, lower_bound
+        found = queue.open(entry.node)
+        if found:
+            return Found(found, queue.weighed, entry.bound, queue.built)
+    return Found(smallest, queue.weighed, smallest.seconds, queue.built)
 
 
-def _fixed_bytes(problem: Problem, smallest: Evaluated) -> int:
-    """Device bytes beside the arena and the kernels' blocks, as in the smallest plan: context, its error, workspaces."""
-    if problem.on_cpu:
-        return smallest.context_bytes + smallest.context_error_bytes
-    outside = max(step.outside for step in smallest.bytes)
-    return smallest.bound_bytes - smallest.layout.height_bytes - outside
+def _dive(space: Space, queue: _Queue, smallest: Evaluated) -> Evaluated:
+    """A plan near the least bound: refined nodes are preferred, in as much less room as the last ones lacked."""
+    less = queue.lacked
+    for opened in range(DIVED):
+        if opened % STEEPER == 0:
+            queue.prefer_refined(SLOPE * 2 ** (opened // STEEPER))
+        if queue.lacked > less:
+            less = queue.lacked
+            queue.heap.clear()
+            queue.extend(space.roots(less))
+        if not queue.heap:
+            break
+        entry = heapq.heappop(queue.heap)
+        found = queue.open(entry.node) if entry.bound < smallest.seconds else None
+        if found:
+            return found
+    return smallest
 
 
-def _rank(candidate: Candidate) -> tuple[float, float, float, int]:
-    return (candidate.bound_s, candidate.compute_s, candidate.moved_s, candidate.bytes)
+class _Queue:
+    """Nodes of the space in order of their bounds; equal ones in order of refinement, then of coming."""
+
+    def __init__(self, space: Space) -> None:
+        self.problem = space.problem
+        self.space = space
+        self.heap: list[Entry] = []
+        self.slope = 0.0  # by which coarser nodes are put off
+        self.budget = self.problem.request.budget_bytes
+        self.weighed = self.pushed = self.built = 0
+        self.lacked = 0  # bytes of room, at most, that a setting lacked
+        self.refused: set[Filling] = set()  # too large for the allocator, the library or the packer
+        self.retried: set[Decoding] = set()
+        self.extend(space.roots())
+
+    def push(self, bound: float, node: Node) -> None:
+        if bound < float("inf"):
+            self.pushed += 1
+            coarseness = _coarseness(node)
+            # to nine digits, so that equal settings come in their order and not in that of rounding errors
+            key = float(f"{bound * (1 + self.slope * coarseness):.8e}")
+            heapq.heappush(self.heap, Entry(key, coarseness, self.pushed, bound, node))
+
+    def prefer_refined(self, slope: float) -> None:
+        """From now on a coarser node comes first only where its bound is lower by such a share for each level."""
+        self.slope = slope
+        self.heap = [e._replace(key=e.bound * (1 + slope * e.coarseness)) for e in self.heap]
+        heapq.heapify(self.heap)
+
+    def open(self, node: Node) -> Evaluated | None:
+        """Put the parts of a node in its place; of a setting that is timed the plan, if it fits."""
+        space = self.space
+        self.weighed += 1
+        if isinstance(node, Root):
+            self.extend(space.decodings(node))
+        elif isinstance(node, Decoding):
+            worked_out = node.anchor is not None
+            self.extend(space.fillings(node) if worked_out else space.worked_decodings(node))
+        elif isinstance(node, Filling):
+            if node.anchor is None:
+                self.extend(space.worked_fillings(node))
+            else:
+                self.extend(self._settings(node, 0))
+        elif (node.setting if isinstance(node, Timed) else node).filling in self.refused:
+            pass
+        elif isinstance(node, Setting):
+            if node.order == "prefetch":
+                self.extend(self._settings(node.filling, node.number + 1))
+            self._time(node, 0)
+        else:
+            return self._build(node)
+        return None
+
+    def _build(self, node: Timed) -> Evaluated | None:
+        """The plan of a setting, if it fits."""
+        self.built += 1
+        found = evaluate_ordered(self.problem, node.choice)
+        if self.budget is None or found.bound_bytes <= self.budget:
+            return found
+        gap = found.layout.height_bytes - found.layout.lower_bound_bytes
+        if gap and node.choice.order == "prefetch" and not node.choice.spare_bytes:
+            # what arrives early may be what packs with gaps: let more than so much less arrive early
+            self._time(node.setting, 2 * gap)
+        else:
+            self._retry(node.setting, found.bound_bytes - self.budget)
+        return None
+
+    def extend(self, nodes: Iterator[tuple[float, Node]]) -> None:
+        for bound, node in nodes:
+            self.push(bound, node)
+
+    def _settings(self, filling: Filling, number: int) -> Iterator[tuple[float, Node]]:
+        for bound, order in self.space.orders(filling, number):
+            if number and order == "vision_then_llm":
+                continue  # a slower tower beside the same rest
+            yield bound, Setting(filling, number, order)
+
+    def _time(self, setting: Setting, spare_bytes: int) -> None:
+        """Exact seconds, and bytes by the closed form."""
+        choice = replace(self.space.choice(*setting), spare_bytes=spare_bytes)
+        found = worked(self.space.parts, choice)
+        if self.budget is not None:
+            excess = self.space.footprint.bound(choice, found.live, found.held) - self.budget
+            if excess > 0:
+                self._retry(setting, excess)
+                return
+        self.push(found.seconds, Timed(setting, choice))
+
+    def _retry(self, setting: Setting, excess: int) -> None:
+        """A setting that does not fit after all: the same residents of decode, or fewer, in so much less room."""
+        if setting.order == "all_first":
+            return  # it holds what others do not
+        self.refused.add(setting.filling)
+        decoding = setting.filling.decoding
+        self.lacked = max(self.lacked, decoding.root.less + excess)
+        root = decoding.root._replace(less=decoding.root.less + excess)
+        again = decoding._replace(root=root, anchor=None)
+        if again not in self.retried:
+            self.retried.add(again)
+            self.extend(self.space.worked_decodings(again))
 
 
-def _orders(problem: Problem, choice: Choice, best_s: float) -> Iterator[Evaluated]:
-    """The choice under each order of phases; all weights first only where that is no slower than `best_s`."""
-    base = evaluate(problem, replace(choice, order="vision_then_llm"))
-    yield base
-    if not problem.workload.images or not (
-        choice.prefill.attn + choice.prefill.mlp + choice.prefill.head
-    ):
-        return
-    overlapped = prefetched(problem, choice, base)
-    yield overlapped
-    drafted = draft(problem, replace(choice, order="all_first"))
-    if drafted.time.seconds < min(best_s, base.seconds, overlapped.seconds):
-        yield work_out(problem, drafted)
+def _coarseness(node: Node) -> int:
+    if isinstance(node, Root):
+        return 5
+    if isinstance(node, Decoding):
+        return 4 if node.anchor is None else 3
+    if isinstance(node, Filling):
+        return 2 if node.anchor is None else 1
+    return 0

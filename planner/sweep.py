@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
-from planner.candidates import candidates
 from planner.plan import Frozen, Levers, Plan
 from planner.problem import Problem, Request
 from planner.profile import DeviceProfile
 from planner.search import search
+from planner.space import Space
 from planner.units import GIB, MIB
 
 POINTS = 17  # of a frontier, at most
@@ -152,19 +152,19 @@ def neighbours(
     By the closed form, set beside the plan: what it says of the other budget less what it says of the plan's own.
     """
     problem, prediction = Problem(request, device), plan.prediction
+    space = Space(problem)
     bound, seconds = prediction.bound_peak_bytes, prediction.seconds
     # what is not the arena stays as it is: context, workspaces, on a card kernels' own blocks
     fixed = bound - prediction.arena_bytes
-    cap: int | None = max(step.outside_bytes for step in plan.steps)
     if problem.on_cpu:
-        fixed, cap = plan.device.context_bytes + plan.device.context_error_bytes, None
-    known = _estimate(problem, bound, fixed, cap)
+        fixed = plan.device.context_bytes + plan.device.context_error_bytes
+    known = _estimate(space, bound, fixed)
     own_seconds = known.seconds if known else seconds - problem.start_s(plan.levers.tiles)
     step = _first_step(plan)
 
     def look(budgets: Sequence[int], sign: int) -> Neighbour | None:
         for budget in budgets:
-            other = _estimate(problem, budget, fixed, cap)
+            other = _estimate(space, budget, fixed)
             if other is None:
                 return None
             change = other.seconds - own_seconds
@@ -193,9 +193,7 @@ def _first_step(plan: Plan) -> int:
     return GIB // 4
 
 
-def _estimate(problem: Problem, budget: int, fixed: int, cap: int | None) -> Neighbour | None:
-    """The fastest setting within a budget by the closed form: its bytes and seconds."""
-    found = min(
-        ((c.bound_s, c.bytes) for c in candidates(problem, budget - fixed, cap)), default=None
-    )
+def _estimate(space: Space, budget: int, fixed: int) -> Neighbour | None:
+    """The fastest setting within a budget by its lower bound: its bytes and seconds."""
+    found = space.estimate(budget - fixed)
     return found and Neighbour(found[1] + fixed, found[0])

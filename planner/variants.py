@@ -31,7 +31,7 @@ def prefetched(problem: Problem, choice: Choice, base: Evaluated) -> Evaluated:
         ),
         key=lambda copy: copy.need,
     )
-    free = [max(live) - held for held in live[: drafted.starts["prefill"]]]
+    free = [max(live) - choice.spare_bytes - held for held in live[: drafted.starts["prefill"]]]
     starts = early_starts(free, [copy.size_bytes for copy in early])
     after = {copy.unit: start - 1 for copy, start in zip(early, starts, strict=True)}
     return evaluate(problem, replace(choice, order="prefetch"), prefetch_after=after)

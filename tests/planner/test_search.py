@@ -202,7 +202,7 @@ def test_resident_vision_weights_cost_bytes_where_the_tower_is_the_peak(kit: Any
 
 
 def test_variants_of_a_setting_that_the_plan_has_already_are_the_plan_itself(kit: Any) -> None:
-    plan = kit.plan("7b", parse_bytes("16GB"), "rtx-5080-16gb", kit.workload(PHOTO))
+    plan = kit.plan("7b", parse_bytes("24GB"), "rtx-5080-16gb", kit.workload(PHOTO))
     assert plan.levers.order == "prefetch"
     resident = next(v for v in plan.prediction.variants if v.name == "vision weights resident")
     assert resident.note == "as in this plan"

@@ -151,7 +151,7 @@ def test_sweep_prints_a_table_of_budgets(run: Any, short: None) -> None:
 
 
 def test_a_row_of_the_sweep_says_in_few_words_what_is_resident(kit: Any, found: Frontier) -> None:
-    levers = kit.plan("7b", "16GB").levers
+    levers = kit.plan("7b", "80GB").levers
     assert _in_words(found.points[0].model_copy(update={"levers": levers})) == "all"
     assert re.fullmatch(r"\d+/66, \d+/\d+, \d+/\d+; \d slots?", _in_words(found.points[0]))
 

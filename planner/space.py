@@ -1,0 +1,636 @@
+"""The canonical space of a request, taken apart from coarse to fine, each part with a lower bound on its seconds.
+
+    Root      staging depth x lm_head tiles
+    ├─ Decoding  residents of decode: for so many MLP halves and lm_head tiles the most attention halves that fit
+    │  └─ Filling   the cap on kernels' blocks outside the arena; residents of prefill, likewise, beside its tiles
+    │     └─ Setting   the vision tower's residents and the order of phases: every lever set
+
+A bound never exceeds the seconds of any setting below it, so that the first setting that a search in order of bounds
+has worked out in full is the fastest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import product
+from typing import NamedTuple
+
+from planner import buffers
+from planner.footprint import Footprint
+from planner.fronts import (
+    START,
+    VOCABULARY_ROWS,
+    caps,
+    fastest,
+    least_seconds,
+    prefill_options,
+    vision_options,
+)
+from planner.parts import Frame, Parts, both
+from planner.plan import Order, Tiles
+from planner.problem import Problem
+from planner.queues import line
+from planner.schedule import Anchor, Choice, PhaseResidency, spread
+
+UNLIMITED = float("inf")
+ANCHORS: tuple[Anchor, ...] = ("late", "early", "middle")
+TALL = 8  # stacks of more layers begin with a resident unit, if they have any: where it lies matters little
+DEPTHS = (1, 2, 3)
+VISION_SHARES = 4  # residents of the vision tower are counted in quarters of it
+
+
+class Root(NamedTuple):
+    depth: int
+    vocabulary_rows: int
+    less: int = 0  # bytes of the room that are not used
+
+
+class Decoding(NamedTuple):
+    """Residents of decode; `anchor` None: not worked out yet."""
+
+    root: Root
+    attn: int
+    mlp: int
+    head: int
+    anchor: Anchor | None = None
+
+    def residency(self) -> PhaseResidency:
+        return PhaseResidency(self.attn, self.mlp, self.head, self.anchor or "late")
+
+
+class Filling(NamedTuple):
+    """Residents of prefill among those of decode; `anchor` None: not worked out yet, nor under which cap on bytes outside the arena."""
+
+    decoding: Decoding
+    attn: int
+    mlp: int
+    head: int
+    anchor: Anchor | None = None
+    cap: float = UNLIMITED
+
+    def residency(self) -> PhaseResidency:
+        return PhaseResidency(self.attn, self.mlp, self.head, self.anchor or "late")
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A setting of the vision tower, and its seconds where nothing else is under way."""
+
+    together: bool
+    residency: PhaseResidency
+    tiles: dict[str, int]
+    seconds: tuple[float, float]
+    compute_seconds: float
+    copy_seconds: float
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A setting of prefill: seconds alone, and with its residents there already."""
+
+    tiles: dict[str, int]
+    frame: Frame
+    steps: list[float]
+    seconds_filled: float
+    resident_copy_seconds: float
+
+    @cached_property
+    def seconds(self) -> tuple[float, float]:
+        return both(self.steps, self.frame.jobs)
+
+
+class Space:
+    """The canonical space of one problem."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.parts = problem, Parts(problem)
+        self.repeats = self.parts.repeats
+        self.prefill = prefill_options(problem)
+        images = len(problem.workload.images)
+        self.modes = [True, False] if images > 1 else [True]
+        self.vision = {
+            together: vision_options(problem, self.parts.groups(together))
+            for together in self.modes
+        }
+        self.caps = caps(problem, self.prefill, *self.vision.values())
+        options = [self.prefill, *self.vision.values()]
+        self.footprint = Footprint(problem, self.parts, options)
+        self.towers = lru_cache(maxsize=None)(self._towers)
+        self.tower_bound = lru_cache(maxsize=None)(self._tower_bound)
+        self.stack = lru_cache(maxsize=None)(_Stack)
+        self.points = lru_cache(maxsize=None)(self._points)
+        self.prompt = lru_cache(maxsize=None)(self._prompt)
+        self.prompted = lru_cache(maxsize=None)(self._prompted)
+        tall = problem.model.text.layers > TALL
+        self.anchors: tuple[Anchor, ...] = ("early",) if tall else ANCHORS
+
+    def copied(self, size_bytes: float, *, first: bool) -> float:
+        """At least so many seconds does a copy of so many bytes take."""
+        return self.problem.costs.copy(
+            max(int(size_bytes), 0), first=first, cached=self.problem.cached
+        )
+
+    # --- roots ----------------------------------------------------------------------------------------------------
+
+    def vocabulary_rows(self) -> list[int]:
+        """Rows of an lm_head tile that may be."""
+        problem = self.problem
+        text, pinned = problem.model.text, problem.request.tiles
+        choices = VOCABULARY_ROWS if pinned is None else (pinned.vocabulary_rows,)
+        row = text.hidden * problem.costs.element
+        rows = [min(r, text.vocabulary) for r in choices]
+        rows = [r for r in rows if r * row <= problem.profile.max_tensor_bytes]
+        return list(dict.fromkeys(rows))
+
+    def roots(self, less: int = 0) -> Iterator[tuple[float, Root]]:
+        """All combinations of staging depth and lm_head rows, with their bounds."""
+        for depth, rows in product(DEPTHS, self.vocabulary_rows()):
+            root = Root(depth, rows, less)
+            stack = self.stack(self, rows)
+            room = self.room(root, self.caps[-1]) - stack.fixed_decode
+            streamed = max(stack.total - room, 0) if self.repeats else 0
+            if room >= 0:
+                yield self.front_bound(root, streamed) + stack.rest_bound(depth, streamed), root
+
+    def room(self, root: Root, cap: float) -> float:
+        """Bytes of the arena (on the CPU: of all that is held at a step) under a cap on bytes outside it."""
+        return self.footprint.room(cap) - root.less
+
+    def front_bound(self, root: Root, streamed: float) -> float:
+        """Vision and prefill take at least so long where so many bytes of the language model are streamed in prefill."""
+        stack = self.stack(self, root.vocabulary_rows)
+        if not self.problem.workload.images:
+            streamed = stack.total
+        compute = least_seconds(self.prefill, self.caps[0]) + stack.small_prefill
+        prefill = max(compute, self.copied(streamed, first=True))
+        return max(self.tower_bound(root.depth, self.caps[0]) + prefill, stack.brought)
+
+    def vision_seconds(self, root: Root, cap: float) -> float:
+        """Of the fastest tower."""
+        towers = self.towers(root.depth, cap, self.room(root, cap))
+        return min(towers[0].seconds) if towers else UNLIMITED
+
+    # --- vision ---------------------------------------------------------------------------------------------------
+
+    def _tower_bound(self, depth: int, cap: float) -> float:
+        """No tower is faster."""
+        if not self.problem.workload.images:
+            return 0.0
+        bare = self.parts.bare_vision(True)
+        once = self.copied(sum(bare.units), first=True)
+        first = self.copied(bare.units[0], first=True)
+        computes = (least_seconds(options, cap) for options in self.vision.values())
+        return max(min(computes) + first, once)
+
+    def _towers(self, depth: int, cap: float, room: float) -> list[Tower]:
+        """Settings of the vision tower that fit, the fastest first."""
+        if not self.problem.workload.images:
+            return [Tower(True, PhaseResidency(0, 0), {}, (0.0, 0.0), 0.0, 0.0)]
+        found = []
+        for together, options in self.vision.items():
+            for residency in self.vision_residencies(together, depth):
+                frame = self.parts.vision(together, residency, depth, False)
+                tiles = fastest(options, frame.base, room, cap)
+                if tiles is None:
+                    continue
+                steps = self.parts.seconds("vision", frame.bare, START.model_copy(update=tiles))
+                seconds = both(steps, frame.jobs)
+                found.append(
+                    Tower(together, residency, tiles, seconds, sum(steps), frame.copy_seconds)
+                )
+        # of equally fast ones that which stages least
+        found.sort(key=lambda t: -t.residency.attn - t.residency.mlp)
+        found.sort(key=lambda t: float(f"{min(t.seconds):.8e}"))
+        return found
+
+    def vision_residencies(self, together: bool, depth: int) -> list[PhaseResidency]:
+        """Where every unit is used once, as many attention as MLP halves."""
+        blocks = self.problem.model.vision.depth
+        step = max(blocks // VISION_SHARES, 1)
+        counts = sorted({*range(0, blocks + 1, step), blocks})
+        pairs = [(n, n) for n in counts] if together else [(a, m) for a in counts for m in counts]
+        found = []
+        for attn, mlp in pairs:
+            whole = (attn, mlp) == (blocks, blocks)
+            if whole and depth > 1:
+                continue  # nothing is staged
+            anchors = self.anchors if 0 < attn + mlp and not whole else ANCHORS[:1]
+            found += [PhaseResidency(attn, mlp, 0, anchor) for anchor in anchors]
+        return found
+
+    # --- decode ---------------------------------------------------------------------------------------------------
+
+    def decodings(self, root: Root) -> Iterator[tuple[float, Decoding]]:
+        """Residents of decode with their bounds; of attention halves the most that may fit."""
+        stack = self.stack(self, root.vocabulary_rows)
+        layers, heads = stack.layers, stack.heads
+        if not self.repeats:
+            yield self._decoding(root, layers, layers, heads)
+            return
+        room = self.room(root, self.caps[-1]) - stack.fixed_decode
+        for mlp in range(layers, -1, -1):
+            for head in range(heads, -1, -1):
+                attn = stack.most_attn(root.depth, room, mlp, head, layers)
+                if attn is None:
+                    continue
+                yield self._decoding(root, attn, mlp, head)
+                if attn == layers:
+                    break  # fewer lm_head tiles would only leave room
+            else:
+                continue
+            if head == heads:
+                break
+
+    def _decoding(self, root: Root, attn: int, mlp: int, head: int) -> tuple[float, Decoding]:
+        stack = self.stack(self, root.vocabulary_rows)
+        streamed = stack.streamed(attn, mlp, head)
+        rest = stack.rest_bound(root.depth, streamed, attn, mlp, head)
+        return self.front_bound(root, streamed) + rest, Decoding(root, attn, mlp, head)
+
+    def worked_decodings(self, decoding: Decoding) -> Iterator[tuple[float, Decoding]]:
+        """The same residents spread in each way, with the exact seconds of their loop; and one attention half less, where that admits more."""
+        root, (_, attn, mlp, head, _) = decoding.root, decoding
+        if not self.repeats:
+            yield self._decoding(root, attn, mlp, head)[0], decoding._replace(anchor="late")
+            return
+        stack = self.stack(self, root.vocabulary_rows)
+        least, most = self.room(root, self.caps[0]), self.room(root, self.caps[-1])
+        fitting = False
+        while not fitting:
+            left = 2 * stack.layers + stack.heads - attn - mlp - head
+            front = self.front_bound(root, stack.streamed(attn, mlp, head))
+            everywhere = True  # it fits under the largest cap too
+            for anchor in self.anchors if left and attn + mlp else ANCHORS[:1]:
+                anchored = Decoding(root, attn, mlp, head, anchor)
+                peak = stack.decode_peak(anchored.residency(), root.depth)
+                # with as many slots as units they could as well be resident
+                if peak <= most and (not left or left > root.depth):
+                    fitting = True
+                    yield front + self.rest(anchored, None), anchored
+                everywhere &= peak <= least
+            if not attn:
+                return
+            attn -= 1
+        if not everywhere:
+            yield self._decoding(root, attn, mlp, head)
+
+    def rest(self, decoding: Decoding, filling: Filling | None) -> float:
+        """Seconds of decode, exactly."""
+        if not self.repeats:
+            return 0.0
+        residency = decoding.residency()
+        before = filling.residency() if filling else residency
+        tiles = self.stack(self, decoding.root.vocabulary_rows).tiles
+        return self.parts.looped(residency, before, decoding.root.depth, tiles).seconds(
+            self.repeats
+        )
+
+    def estimate(self, room: int) -> tuple[float, int] | None:
+        """(seconds, bytes) of the least bound of all settings with so much room, and what it fills of that; None where none fits."""
+        best: tuple[float, int] | None = None
+        for depth, rows in product(DEPTHS, self.vocabulary_rows()):
+            root, stack = Root(depth, rows), self.stack(self, rows)
+            left = room - stack.fixed_decode
+            for mlp, head in product(range(stack.layers + 1), range(stack.heads + 1)):
+                attn = stack.most_attn(depth, left, mlp, head, stack.layers)
+                if attn is None:
+                    continue
+                bound, _ = self._decoding(root, attn, mlp, head)
+                if best is None or bound < best[0]:
+                    peak = stack.decode_peak(PhaseResidency(attn, mlp, head), depth)
+                    best = bound, min(peak, room)
+        return best
+
+    # --- prefill --------------------------------------------------------------------------------------------------
+
+    def _points(self, cap: float) -> list[tuple[int, float]]:
+        """(bytes, seconds) of the prompt's tiles: more bytes, fewer seconds."""
+        sizes = sorted(
+            {o.bytes for found in self.prefill.values() for o in found if o.outside <= cap}
+        )
+        points: list[tuple[int, float]] = []
+        base = dict.fromkeys(self.prefill, 0)
+        for size in sizes:
+            if fastest(self.prefill, base, size, cap) is None:
+                continue
+            seconds = sum(
+                next(o.seconds for o in found if o.bytes <= size and o.outside <= cap)
+                for found in self.prefill.values()
+            )
+            if not points or seconds < points[-1][1]:
+                points.append((size, seconds))
+        return points
+
+    def fillings(self, decoding: Decoding) -> Iterator[tuple[float, Filling]]:
+        """For each cap and choice of prompt tiles: residents of prefill, of attention halves the most that may fit; with bounds."""
+        root = decoding.root
+        stack = self.stack(self, root.vocabulary_rows)
+        rest = self.rest(decoding, None)
+        peak = stack.decode_peak(decoding.residency(), root.depth) if self.repeats else 0
+        found: dict[tuple[int, int, int], float] = {}
+        for cap in self.caps:
+            room = self.room(root, cap)
+            vision = self.tower_bound(root.depth, cap)
+            if peak > room:
+                continue
+            for size, seconds in reversed(self.points(cap)):
+                keys = list(stack.fillings(decoding, room - stack.fixed_prefill - size))
+                for key in keys:
+                    bound = self._filling_bound(decoding, key, seconds, vision, rest)
+                    found[key] = min(found.get(key, UNLIMITED), bound)
+                if decoding[1:4] in keys:
+                    break  # everything stays: slower tiles bring nothing
+        for key, bound in found.items():
+            yield bound, Filling(decoding, *key)
+
+    def _filling_bound(
+        self,
+        decoding: Decoding,
+        residents: tuple[int, int, int],
+        compute: float,
+        vision: float,
+        rest: float,
+    ) -> float:
+        stack = self.stack(self, decoding.root.vocabulary_rows)
+        streamed = stack.streamed(*residents)
+        if not self.problem.workload.images:
+            streamed = stack.total
+        missing = stack.streamed(*residents) - stack.streamed(
+            decoding.attn, decoding.mlp, decoding.head
+        )
+        if self.repeats:
+            everything = missing + stack.streamed(decoding.attn, decoding.mlp, decoding.head)
+            first = max(stack.decode_compute, self.copied(everything, first=False))
+            period = max(
+                stack.decode_compute,
+                self.copied(everything - missing, first=False),
+            )
+            rest = max(rest, first + (self.repeats - 1) * period)
+        prefill = max(compute + stack.small_prefill, self.copied(streamed, first=True))
+        return max(vision + prefill, stack.brought) + rest
+
+    def worked_fillings(self, filling: Filling) -> Iterator[tuple[float, Filling]]:
+        """The same residents spread in each way, under each cap, with the fastest prompt tiles that fit and exact seconds; and fewer residents where some cap admits none, or slower tiles than without."""
+        decoding, root = filling.decoding, filling.decoding.root
+        same = filling[1:4] == decoding[1:4] and self.repeats
+        everywhere = True
+        stack = self.stack(self, root.vocabulary_rows)
+        peak = stack.decode_peak(decoding.residency(), root.depth) if self.repeats else 0
+        for anchor in ANCHORS[:1] if same or not filling.attn + filling.mlp else self.anchors:
+            seen: set[tuple[int, ...]] = set()
+            # with equal tiles a smaller cap leaves more room
+            for cap in reversed(self.caps):
+                if peak > self.room(root, cap):
+                    break
+                anchored = filling._replace(anchor=anchor, cap=cap)
+                towers = self.towers(root.depth, cap, self.room(root, cap))
+                prompt = self.prompt(anchored)
+                if prompt is None or not towers:
+                    everywhere = everywhere and not towers
+                    continue
+                if stack.lax and prompt.tiles != self.quickest(cap):
+                    everywhere = False
+                key = (*towers[0].tiles.values(), *prompt.tiles.values())
+                if key in seen:
+                    continue
+                seen.add(key)
+                images = self.problem.workload.images
+                seconds = prompt.seconds_filled if images else min(prompt.seconds)
+                copied = min(tower.copy_seconds for tower in towers) + prompt.frame.copy_seconds
+                front = max(min(towers[0].seconds) + seconds, copied)
+                yield front + self.rest(decoding, anchored), anchored
+        if everywhere or not filling.attn + filling.mlp:
+            return
+        fewer = (filling.attn - 1, filling.mlp, filling.head)
+        if not filling.attn:
+            fewer = (decoding.attn, filling.mlp - 1, filling.head)
+        compute = least_seconds(self.prefill, self.caps[0])
+        vision = self.tower_bound(root.depth, self.caps[0])
+        bound = self._filling_bound(decoding, fewer, compute, vision, self.rest(decoding, None))
+        yield bound, Filling(decoding, *fewer)
+
+    def quickest(self, cap: float) -> dict[str, int] | None:
+        """The fastest prompt tiles where room is no matter."""
+        return fastest(self.prefill, dict.fromkeys(self.prefill, 0), UNLIMITED, cap)
+
+    def _prompt(self, filling: Filling) -> Prompt | None:
+        root = filling.decoding.root
+        residency, within = filling.residency(), filling.decoding.residency()
+        frame = self.parts.prefill(residency, within, root.depth, root.vocabulary_rows)
+        stack = self.stack(self, root.vocabulary_rows)
+        room = self.room(root, filling.cap)
+        tiles = fastest(self.prefill, frame.base, room, filling.cap)
+        if tiles is None or any(
+            base > room - stack.prefill_taken.get(kind, 0) for kind, base in frame.base.items()
+        ):
+            return None
+        return self.prompted(frame, root.vocabulary_rows, tuple(tiles.items()))
+
+    def _prompted(
+        self, frame: Frame, vocabulary_rows: int, tiles: tuple[tuple[str, int], ...]
+    ) -> Prompt:
+        chosen = self.stack(self, vocabulary_rows).tiles.model_copy(update=dict(tiles))
+        steps = self.parts.seconds("prefill", frame.bare, chosen)
+        early = set(frame.early)
+        # what is staged keeps its order
+        staged = [job for number, job in enumerate(frame.jobs) if number not in early]
+        return Prompt(
+            dict(tiles),
+            frame,
+            steps,
+            line(steps, staged)[0][-1],
+            sum(frame.jobs[number].seconds for number in early),
+        )
+
+    # --- settings -------------------------------------------------------------------------------------------------
+
+    def orders(self, filling: Filling, number: int) -> Iterator[tuple[float, Order]]:
+        """Orders of phases with the tower of that number (the fastest is 0), and their bounds; the plain order's is exact."""
+        root = filling.decoding.root
+        towers = self.towers(root.depth, filling.cap, self.room(root, filling.cap))
+        if number >= len(towers):
+            return
+        tower, prompt = towers[number], self.prompt(filling)
+        assert prompt is not None
+        rest = self.rest(filling.decoding, filling)
+        yield (
+            min(v + p for v, p in zip(tower.seconds, prompt.seconds, strict=True)) + rest,
+            "vision_then_llm",
+        )
+        if not self.problem.workload.images or not filling.attn + filling.mlp + filling.head:
+            return
+        overlapped = max(
+            min(tower.seconds) + prompt.seconds_filled,
+            tower.copy_seconds + prompt.frame.copy_seconds,
+        )
+        yield overlapped + rest, "prefetch"
+        loaded = prompt.resident_copy_seconds + tower.compute_seconds + prompt.seconds_filled
+        yield loaded + rest, "all_first"
+
+    def choice(self, filling: Filling, number: int, order: Order) -> Choice:
+        """Every lever set."""
+        decoding = filling.decoding
+        root = decoding.root
+        towers = self.towers(root.depth, filling.cap, self.room(root, filling.cap))
+        tower, prompt = towers[number], self.prompt(filling)
+        assert prompt is not None
+        tiles = self.stack(self, root.vocabulary_rows).tiles
+        prefill = filling.residency()
+        return Choice(
+            order,
+            tower.together,
+            root.depth,
+            tower.residency,
+            prefill,
+            decoding.residency() if self.repeats else prefill,
+            tiles.model_copy(update=tower.tiles | prompt.tiles),
+        )
+
+
+class _Stack:
+    """Sizes and seconds of the language model at one tiling of lm_head."""
+
+    def __init__(self, space: Space, vocabulary_rows: int) -> None:
+        self.space = space
+        parts, problem = space.parts, space.problem
+        pinned = problem.request.tiles or START
+        self.tiles: Tiles = pinned.model_copy(update={"vocabulary_rows": vocabulary_rows})
+        bare = parts.bare_text(True, vocabulary_rows)
+        first = parts.bare_text(False, vocabulary_rows)
+        self.layers, _, self.heads = parts.totals(vocabulary_rows)
+        self.attn, self.mlp = bare.units[1], bare.units[2]
+        self.norm = bare.units[2 * self.layers + 1]
+        self._heads = bare.units[2 * self.layers + 2 : -1]
+        self._head_bytes = [
+            sum(self._heads[i] for i in spread(count, self.heads))
+            for count in range(self.heads + 1)
+        ]
+        self.least_head = min(self._heads)
+        self.total = sum(bare.units) - self.norm
+        images = sum(parts.bare_vision(True).units) if problem.workload.images else 0
+        self.brought = space.copied(images + self.total, first=True)  # every unit once, from disk
+        taken = parts.scratch("decode", bare, self.tiles)
+        on_cpu = problem.on_cpu
+        self.decode_taken = {k: s + (o if on_cpu else 0) for k, (s, o) in taken.items()}
+        taken = parts.scratch("prefill", first, self.tiles)
+        # attention and MLP halves choose their tiles
+        self.prefill_taken = {
+            k: s + (o if on_cpu else 0) for k, (s, o) in taken.items() if k not in space.prefill
+        }
+        held = [
+            live - unwritten + self.decode_taken[kind]
+            for live, unwritten, kind in zip(bare.live, bare.unwritten, bare.kinds, strict=True)
+        ]
+        self.fixed_decode = max(held) + self.norm
+        halves = [i for i, kind in enumerate(first.kinds) if kind in space.prefill]
+        self.fixed_prefill = max(first.live[i] - first.unwritten[i] for i in halves) + self.norm
+        self.layer_cache = buffers.kv_cache(
+            problem.model, problem.workload.context_tokens
+        ).size_bytes
+        self.lax = not space.repeats or self.layers <= max(DEPTHS)
+        if self.lax:
+            self.layer_cache = 2**60  # the closed form cannot tell how many fit
+        if not space.repeats:
+            self.fixed_prefill = 0  # residents are given up as they are used
+        seconds = parts.seconds("decode", bare, self.tiles)
+        self.decode_compute = sum(seconds)
+        self.one_attn, self.one_mlp = seconds[1], seconds[2]
+        self.one_head = min(seconds[2 * self.layers + 2 : -1])
+        seconds = parts.seconds("prefill", first, self.tiles)
+        self.small_prefill = sum(
+            s for s, kind in zip(seconds, first.kinds, strict=True) if kind not in space.prefill
+        )
+
+    def head_bytes(self, count: int) -> int:
+        """Of so many resident tiles."""
+        return self._head_bytes[count]
+
+    def decode_peak(self, residency: PhaseResidency, depth: int) -> int:
+        """The most bytes held in decode; on the CPU at least so many."""
+        resident = residency.attn * self.attn + residency.mlp * self.mlp
+        resident += self.head_bytes(residency.head)
+        if self.space.problem.on_cpu:
+            rows = self.tiles.vocabulary_rows
+            frame = self.space.parts.decode(residency, residency, depth, rows)
+            return max(base + self.decode_taken.get(kind, 0) for kind, base in frame.base.items())
+        return self.fixed_decode + resident + self.slots(residency, depth)
+
+    def fillings(self, decoding: Decoding, room: float) -> Iterator[tuple[int, int, int]]:
+        """Residents of prefill among those of decode, for so many MLP halves and all or no lm_head tiles the most attention halves that may fit."""
+        for head in dict.fromkeys((decoding.head, 0)):
+            for mlp in range(decoding.mlp, -1, -1):
+                left = room - mlp * self.mlp - self.head_bytes(head)
+                if left < 0:
+                    continue
+                attn = whole_units(left, self.attn, decoding.attn)
+                if (attn, mlp, head) != (self.layers, self.layers, self.heads):
+                    # so many layers before the last all slots are in use
+                    depth = decoding.root.depth
+                    before = room + (depth + 1) * self.layer_cache
+                    most = self.most_attn(depth, before, mlp, head, self.layers)
+                    if most is None:
+                        continue
+                    attn = min(attn, most)
+                yield attn, mlp, head
+                if attn == decoding.attn:
+                    break
+
+    def most_attn(self, depth: int, room: float, mlp: int, head: int, most: int) -> int | None:
+        """No more attention halves may fit beside so many others and the slots; None where not even these do."""
+        left = room - mlp * self.mlp - self.head_bytes(head)
+        least = [self.attn]
+        if mlp < self.layers:
+            least.append(self.mlp)
+        if head < self.heads:
+            least.append(self.least_head)
+        largest = max(least[1:], default=0)
+        whole = left - (largest and largest + (depth - 1) * min(least[1:]))
+        if whole >= self.layers * self.attn and most == self.layers:
+            return self.layers
+        left -= max(largest, self.attn) + (depth - 1) * min(least)
+        if left < 0:
+            return None
+        return whole_units(left, self.attn, self.layers - 1 if most == self.layers else most)
+
+    def slots(self, residency: PhaseResidency, depth: int) -> int:
+        """Bytes of the staging slots that the others use in turn."""
+        attn, mlp, head = residency.positions((self.layers, self.layers, self.heads))
+        sizes = []
+        for layer in range(self.layers):
+            if layer not in attn:
+                sizes.append(self.attn)
+            if layer not in mlp:
+                sizes.append(self.mlp)
+        sizes += [size for i, size in enumerate(self._heads) if i not in head]
+        return sum(max(sizes[slot::depth]) for slot in range(min(depth, len(sizes))))
+
+    def streamed(self, attn: int, mlp: int, head: int) -> int:
+        """Bytes that are not resident."""
+        resident = attn * self.attn + mlp * self.mlp + self.head_bytes(head)
+        return self.total - resident
+
+    def rest_bound(
+        self,
+        depth: int,
+        streamed: float,
+        attn: int | None = None,
+        mlp: int = 0,
+        head: int = 0,
+    ) -> float:
+        """Decode takes at least so long where so many bytes are streamed."""
+        if not self.space.repeats:
+            return 0.0
+        link = self.space.copied(streamed, first=False) if streamed else 0.0
+        period = max(self.decode_compute, link)
+        if depth == 1 and attn is not None:
+            # nothing is copied while what came through the one slot computes
+            serial = (self.layers - attn) * self.one_attn + (self.layers - mlp) * self.one_mlp
+            period = max(period, link + serial + (self.heads - head) * self.one_head)
+        return self.space.repeats * period
+
+
+def whole_units(room: float, size: int, most: int) -> int:
+    """How many units of a size have room."""
+    return most if room >= most * size else int(room // size)

@@ -1,0 +1,86 @@
+"""The search's answer against the canonical space written out, and against trying everything."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from planner.certificate import least_plan
+from planner.parts import worked
+from planner.problem import Problem
+from planner.schedule import Choice
+from planner.search import fastest
+from planner.space import Decoding, Filling, Space
+from planner.variants import evaluate_ordered
+
+EQUAL = 1e-9
+
+
+@pytest.fixture(scope="module")
+def optimality(kit: Any) -> Any:
+    path = kit.root / "benchmarks" / "optimality.py"
+    spec = importlib.util.spec_from_file_location("optimality", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def members(space: Space) -> Iterator[tuple[float, Choice]]:
+    """Every setting of the canonical space and the bound of what it was taken from, nothing left out."""
+    for _, root in space.roots():
+        decodings: list[Decoding] = [decoding for _, decoding in space.decodings(root)]
+        while decodings:
+            decoding = decodings.pop()
+            if decoding.anchor is None:
+                decodings += [found for _, found in space.worked_decodings(decoding)]
+                continue
+            fillings: list[tuple[float, Filling]] = list(space.fillings(decoding))
+            while fillings:
+                bound, filling = fillings.pop()
+                if filling.anchor is None:
+                    fillings += space.worked_fillings(filling)
+                    continue
+                number = 0
+                while orders := list(space.orders(filling, number)):
+                    for least, order in orders:
+                        yield max(bound, least), space.choice(filling, number, order)
+                    number += 1
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", [0, 1, 5, 6, 7, 9])
+def test_the_search_finds_the_fastest_of_the_whole_space_written_out(
+    optimality: Any, seed: int
+) -> None:
+    request, profile = optimality.drawn(seed)
+    problem = Problem(request, profile)
+    space = Space(problem)
+    budget = request.budget_bytes
+    found = fastest(space, least_plan(problem, space), weighed_most=10**6, built_most=10**6)
+    assert found.lower_bound == pytest.approx(found.best.seconds, rel=EQUAL)
+    faster: dict[Choice, float] = {}
+    for bound, choice in members(space):
+        done = worked(space.parts, choice)
+        assert bound <= done.seconds * (1 + EQUAL)
+        fits = space.footprint.bound(choice, done.live, done.held) <= budget
+        if fits and done.seconds < found.best.seconds * (1 - EQUAL):
+            faster[choice] = done.seconds
+    for choice in faster:
+        assert evaluate_ordered(problem, choice).bound_bytes > budget, choice
+
+
+@pytest.mark.full
+def test_trying_everything_finds_nothing_faster_on_most_small_requests(optimality: Any) -> None:
+    losses = []
+    for seed in (0, 1, 5, 6, 7):
+        request, profile = optimality.drawn(seed)
+        found = optimality.search(request, profile, compared=False)
+        answer = found.prediction.seconds - Problem(request, profile).start_s(found.levers.tiles)
+        losses.append(answer / optimality.tried(Problem(request, profile), answer) - 1)
+    assert sum(loss <= EQUAL for loss in losses) >= 4
+    assert max(losses) <= 0.01
