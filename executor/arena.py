@@ -35,6 +35,8 @@ class Arena:
     def __init__(self, plan: Plan, device: Device) -> None:
         check_places(plan)
         self.size_bytes = plan.prediction.arena_bytes
+        # what dead ranges leave out, though no step of the plan needs it yet
+        self.kept: tuple[Range, ...] = ()
         self._plan = plan
         self._device = device
         self._buffers = {buffer.name: buffer for buffer in plan.buffers}
@@ -96,7 +98,7 @@ class Arena:
     def dead_ranges(self, index: int) -> list[Range]:
         """Ranges that hold nothing of use just before step `index` of the plan."""
         live = (self.range(buffer.name) for buffer in self._plan.buffers if _alive(buffer, index))
-        return complement(live, self.size_bytes)
+        return complement((*live, *self.kept), self.size_bytes)
 
     def release(self, ranges: Sequence[Range]) -> None:
         """Give back the pages of dead ranges where the device can; their content is lost."""

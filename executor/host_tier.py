@@ -34,6 +34,7 @@ class HostTier:
         piece_bytes: int = HOST_PIECE_BYTES,
     ) -> None:
         self._piece_bytes = piece_bytes
+        self.filled: set[str] = set()  # units that were read
         self._start = {unit.unit: unit.offset_bytes for unit in units}
         size = max((unit.offset_bytes + unit.size_bytes for unit in units), default=0)
         pieces = -(-size // piece_bytes)

@@ -23,6 +23,7 @@ from executor.generate import Sampling, generator, next_token, seen_mask
 from executor.image import Pixels, PixelSource, open_image, patch_positions, window_order
 from executor.order import check_order
 from executor.prompt import build_prompt, positions
+from executor.rounds import Round
 from executor.text import TextRun, text_frequencies
 from executor.vision import VisionRun, vision_frequencies
 from executor.weights import EmbeddingRows, pieces
@@ -110,12 +111,12 @@ class Runs:
     vision: VisionRun
     prefill: TextRun
     slots: tuple[PixelSlot, ...]
+    prompt_tokens: int
 
     def decode(self, token: int, iteration: int) -> TextRun:
         """For the token that iteration `iteration` puts in."""
-        return replace(
-            self.prefill, ids=[token], start=len(self.prefill.ids) + iteration, image_spans=()
-        )
+        start = self.prompt_tokens + iteration
+        return replace(self.prefill, ids=[token], start=start, image_spans=(), last=None)
 
 
 # --- checks -------------------------------------------------------------------------------------------------------
@@ -141,6 +142,11 @@ def check_request(plan: Plan, request: Request) -> None:
     units = {unit.id: unit for unit in plan.units}
     for copy in plan.copies:
         pieces(units[copy.unit], buffers[copy.buffer], request.locations)
+    check_images(plan, request)
+
+
+def check_images(plan: Plan, request: Request) -> None:
+    """Nothing, if the request has the plan's number of images and its files are there; InputError if not."""
     if len(request.images) != len(plan.workload.images):
         raise InputError(
             f"the plan is for {len(plan.workload.images)} images, found {len(request.images)}; "
@@ -306,7 +312,42 @@ def make_runs(plan: Plan, prompt: Prompt, device: Device, embeddings: EmbeddingR
         kernel=_kernel(plan, ("prefill", "decode")),
         frequencies=text_frequencies(plan.model.text, device=where),
     )
-    return Runs(vision_run, prefill, slots)
+    return Runs(vision_run, prefill, slots, len(prompt.ids))
+
+
+def padded(plan: Plan, prompt: Prompt) -> Prompt:
+    """The prompt with as many ids and positions as the plan has, so that every request of a session has the same shapes.
+
+    What is added stands behind the prompt's last row, where no row of the prompt sees it, and the answer writes over it.
+    """
+    ids = prompt.ids + prompt.ids[-1:] * (plan.workload.prompt_tokens - len(prompt.ids))
+    positions = prompt.positions
+    more = plan.workload.prompt_tokens + plan.decode_repeats - positions.shape[1]
+    rest = positions[:, -1:].expand(3, more)
+    return replace(prompt, ids=ids, positions=torch.cat((positions, rest), dim=1))
+
+
+def next_runs(runs: Runs, plan: Plan, prompt: Prompt, round_: Round) -> Runs:
+    """What the steps of a session's next request get; positions go where those of the first lie."""
+    full = padded(plan, prompt)
+    with torch.inference_mode():
+        runs.prefill.positions.copy_(full.positions)
+    ids = full.ids + full.ids[-1:] * (round_.start + round_.rows - len(full.ids))
+    tiles = plan.levers.tiles
+    if round_.tile is not None:
+        size = {"prompt_rows": round_.tile, "prompt_mlp_rows": round_.tile}
+        tiles = tiles.model_copy(update=size)
+    prefill = replace(
+        runs.prefill,
+        tiles=tiles,
+        ids=ids[round_.start : round_.start + round_.rows],
+        start=round_.start,
+        image_spans=() if round_.start else prompt.image_spans,
+        last=len(prompt.ids) - 1 - round_.start,
+    )
+    spans = tuple(first for first, _ in prompt.image_spans)
+    tower = replace(runs.vision, image_token_rows=spans)
+    return Runs(tower, prefill, runs.slots, len(prompt.ids))
 
 
 def open_images(request: Request, plan: Plan, slots: Sequence[PixelSlot]) -> None:

@@ -88,6 +88,9 @@ class Record(Frozen):
     phases: tuple[PhaseRecord, ...]
     steps: tuple[StepRecord, ...]
     copies: tuple[CopyRecord, ...]
+    # of a further request of a session: rows of the prompt whose keys and values were there, and weights that were
+    reused_tokens: int = 0
+    reused_weights_bytes: int = 0
 
     def save(self, path: Path) -> None:
         """Write the record whole or not at all, one line per list entry."""
@@ -251,6 +254,8 @@ class Recorder:
         new_tokens: int,
         copies: Mapping[str, CopyTiming],
         notes: tuple[str, ...] = (),
+        reused_tokens: int = 0,
+        reused_weights_bytes: int = 0,
     ) -> Record:
         """The record of the whole run."""
         peaks = [phase.peak_bytes for phase in self._phases if phase.peak_bytes is not None]
@@ -292,6 +297,8 @@ class Recorder:
                 CopyRecord(id=copy_id, count=t.runs, size_bytes=t.size_bytes, seconds=t.seconds)
                 for copy_id, t in copies.items()
             ),
+            reused_tokens=reused_tokens,
+            reused_weights_bytes=reused_weights_bytes,
         )
 
     def _peaks(self) -> _Peaks:

@@ -31,11 +31,12 @@ Views = Mapping[str, Tensor]
 class TextRun:
     """What the language model's steps need besides weights and views; one value per prefill and per decode token.
 
-    ids: token ids of this call's rows, the whole prompt or one token. start: tokens in the cache before them (0 in
-    prefill). positions: int64 (3, >= start + rows), time, height and width of every token. image_spans: (first row,
+    ids: token ids of this call's rows, the whole prompt or one token. start: tokens in the cache before them (0
+    where the whole prompt runs). positions: int64 (3, >= start + rows), time, height and width of every token. image_spans: (first row,
     rows) of each image's tokens, which the merger has written. read_embeddings: writes the rows of the embedding
     table for some ids into a tensor (ids, E). frequencies: `text_frequencies`. Tensors lie on the device of the views.
-    priming: run one tile of each distinct row count, over few keys; the values left mean nothing.
+    priming: run one tile of each distinct row count, over few keys; the values left mean nothing. last: the row that the
+    next token follows; None: the last one.
     """
 
     shape: ModelShape
@@ -48,6 +49,7 @@ class TextRun:
     kernel: Kernel
     frequencies: Tensor
     priming: bool = False
+    last: int | None = None
 
     @property
     def rows(self) -> int:
@@ -160,8 +162,9 @@ def text_mlp(run: TextRun, step: Step, w: Weights, v: Views) -> None:
 
 
 def norm(run: TextRun, step: Step, w: Weights, v: Views) -> None:
-    """The last row after the final norm, in `hidden`; one float32 row lies outside the arena meanwhile."""
-    x, hidden = v["x"][run.rows - 1 : run.rows], v["hidden"]
+    """The prompt's last row after the final norm, in `hidden`; one float32 row lies outside the arena meanwhile."""
+    last = run.rows - 1 if run.last is None else run.last
+    x, hidden = v["x"][last : last + 1], v["hidden"]
     wide = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     rms_norm(x, w["weight"], hidden, scratch=wide, eps=run.shape.text.rms_norm_eps)
 

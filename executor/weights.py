@@ -9,8 +9,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from executor.device import Chunk, Device, Files, Mark
+from executor.host_tier import HostTier
 from planner.errors import CheckpointError, OutOfMemory, RunFailed, StowplanError
 from planner.plan import Buffer, Copy, Plan, Step, TensorLocation, Unit
 from planner.units import MIB
@@ -106,6 +108,9 @@ class Reader(AbstractContextManager["Reader"]):
 
     The caller brackets each step with `begin_step` (waits for its copies) and `finish_step`; an error of the thread
     is raised there. Leaving the `with` block ends the thread and closes its files, whatever happened.
+
+    host: places of the units that stay in host memory; None: new ones. first: the steps before it do not run. landed:
+    copies that do not run, for nobody waits for them.
     """
 
     def __init__(
@@ -116,17 +121,30 @@ class Reader(AbstractContextManager["Reader"]):
         *,
         decode_iterations: int,
         alone: bool = False,
+        host: HostTier | None = None,
+        first: int = 0,
+        landed: Collection[str] = (),
     ) -> None:
         buffers = {buffer.name: buffer for buffer in plan.buffers}
         units = {unit.id: unit for unit in plan.units}
         self._device = device
-        self._host = device.host_tier(plan.host_units)
+        self._host = device.host_tier(plan.host_units) if host is None else host
+        copies = [copy for copy in plan.copies if copy.id not in landed]
+        self._landed = set(landed)
+        # of weights that this run uses and finds there
+        self.landed_bytes = sum(
+            copy.size_bytes for copy in plan.copies if copy.id in landed and copy.phase != "vision"
+        )
+        self._skipped = {step.id for step in plan.steps[:first]}
+        # what the first step needs before it may run: also what steps that do not run would have waited for
+        waits = [step.waits for step in plan.steps[: first + 1]] if first else []
+        self._begin = {plan.steps[first].id: tuple(chain(*waits))} if waits else {}
         self._chunks = {
             copy.id: chunks(pieces(units[copy.unit], buffers[copy.buffer], locations))
-            for copy in plan.copies
+            for copy in copies
         }
-        self._once = [copy for copy in plan.copies if copy.phase != "decode"]
-        self._loop = [copy for copy in plan.copies if copy.phase == "decode"]
+        self._once = [copy for copy in copies if copy.phase != "decode"]
+        self._loop = [copy for copy in copies if copy.phase == "decode"]
         self._repeats = {copy.id for copy in self._loop if not copy.once}
         self._decode_steps = {step.id for step in plan.steps if step.phase == "decode"}
         before = [step.id for step in plan.steps if step.phase != "decode"]
@@ -171,7 +189,9 @@ class Reader(AbstractContextManager["Reader"]):
         """Seconds waited until the copies that the step names had been issued; then the device waits for them itself."""
         start = time.perf_counter()
         with self._changed:
-            for copy in step.waits:
+            for copy in self._begin.get(step.id, step.waits):
+                if copy in self._landed:
+                    continue
                 needed = iteration + 1 if copy in self._repeats else 1
                 # notified on every change, so no timeout: but one lets an interrupt through on every system
                 while self._copies[copy] < needed and self._error is None:
@@ -280,15 +300,17 @@ class Reader(AbstractContextManager["Reader"]):
         for chunk in chunks_:
             if self._stopped:
                 return False
-            if copy.source == "disk":
+            # once in a session: later requests find it there
+            if copy.unit not in self._host.filled:
                 self._host.read(at, chunk, self._files)
             self._device.move(self._host.moves(at, chunk))
             at += chunk.size_bytes
+        self._host.filled.add(copy.unit)
         return True
 
     def _after(self, copy: Copy, iteration: int) -> tuple[str | None, int]:
         """The step to wait for, and how often it must have been issued."""
-        if copy.after is None:
+        if copy.after is None or copy.after in self._skipped:
             return None, 0
         if copy.wraps:
             return (copy.after, iteration) if iteration else (self._last_before_decode, 1)

@@ -232,6 +232,14 @@ def spans(rows: int, tile: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + tile, rows)
 
 
+def question_tile(tile: int, start: int, prompt_tokens: int, more: int) -> int:
+    """Rows at once of what follows row `start` of a prompt: `tile`, halved until its last tile, filled up, ends within `more` rows behind the prompt."""
+    left = prompt_tokens - start
+    while tile > 1 and -(-left // tile) * tile > min(left + more, prompt_tokens):
+        tile //= 2
+    return tile
+
+
 def window_tiles(windows: tuple[WindowRun, ...], tile_rows: int) -> tuple[WindowTile, ...]:
     """Tiles of whole windows with at most `tile_rows` rows each, or one window where that is larger."""
     tiles: list[WindowTile] = []
@@ -410,6 +418,22 @@ class Move(Frozen):
     paid_seconds: float
 
 
+class Further(Frozen):
+    """What further requests of a session cost: the same plan again in the same arena.
+
+    `question_rows`: of a question about the same images the rows after the last image run, so many at once; None: keys
+    and values are not kept, and every request runs as a whole. `kept_bytes`: what libraries keep for these rows beside
+    the plan's own shapes, from the first such question on.
+    """
+
+    question_rows: int | None
+    question_prefill_seconds: float
+    question_seconds: float
+    request_seconds: float  # of a request with other images
+    kept_bytes: int
+    bound_peak_bytes: int  # of the whole session
+
+
 class Prediction(Frozen):
     phases: tuple[PhasePrediction, ...]
     peak_step: str
@@ -424,6 +448,7 @@ class Prediction(Frozen):
     smallest_budget_bytes: int
     variants: tuple[Variant, ...]
     moves: tuple[Move, ...] = ()
+    further: Further | None = None
 
 
 # --- all of it ----------------------------------------------------------------------------------------------------
@@ -552,6 +577,51 @@ def _read(path: Path) -> bytes:
             f"{path}: not a plan: wanted at most {MOST_PLAN_BYTES // 2**20} MiB, found more"
         )
     return data
+
+
+# --- again, in the same arena ---------------------------------------------------------------------------------------
+
+
+def first_of_prefill(plan: Plan) -> int:
+    """The number of prefill's first step."""
+    return next(i for i, step in enumerate(plan.steps) if step.phase == "prefill")
+
+
+def still_there(plan: Plan, first: int) -> frozenset[str]:
+    """Copies whose buffer is alive from step `first` to the plan's end, and holds no other unit meanwhile."""
+    end = len(plan.steps)
+    units: dict[str, set[str]] = {}
+    for copy in plan.copies:
+        units.setdefault(copy.buffer, set()).add(copy.unit)
+    whole_time = {
+        buffer.name
+        for buffer in plan.buffers
+        if any(birth <= first and death >= end for birth, death in buffer.lifetimes)
+        and len(units.get(buffer.name, ())) == 1
+    }
+    # what arrives once the loop runs is not there when prefill begins
+    return frozenset(
+        copy.id for copy in plan.copies if copy.buffer in whole_time and copy.phase != "decode"
+    )
+
+
+def keeps_cache(plan: Plan, first: int) -> bool:
+    """Whether no buffer that is alive from step `first` on shares bytes with keys and values."""
+    later = [b for b in plan.buffers if any(death > first for _, death in b.lifetimes)]
+    return not any(
+        other is not cache and _overlap(cache, other)
+        for cache in plan.buffers
+        if cache.kind == "kv_cache"
+        for other in later
+    )
+
+
+def _overlap(one: Buffer, other: Buffer) -> bool:
+    start = max(one.offset_bytes, other.offset_bytes)
+    return start < min(one.offset_bytes + one.size_bytes, other.offset_bytes + other.size_bytes)
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
 
 
 def digest(data: Mapping[str, object]) -> str:
