@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from planner import graph as graphs
+from planner.again import with_further
 from planner.graph import Intervals
 from planner.layout import Layout, place
 from planner.plan import (
@@ -347,7 +348,7 @@ def assemble(
     )
     peak_index = found.peak_index
     terms = peak_terms(problem, found, peak_index)
-    return Plan(
+    plan = Plan(
         schema_version=1,
         request=request.command,
         model=problem.model,
@@ -392,6 +393,7 @@ def assemble(
             moves=moves,
         ),
     )
+    return with_further(problem, plan)
 
 
 def used_units(problem: Problem, choice: Choice) -> tuple[Unit, ...]:
