@@ -1,11 +1,12 @@
 # make run   sets everything up and does the main job on a small random checkpoint and a bundled photograph
 # make test  sets everything up and runs the tests
+# make fuzz  spoilt input by the hundred thousand for everything that reads files of others
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: run test test-full check fix clean
+.PHONY: run test test-full fuzz check fix clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +35,10 @@ test: $(VENV)/.test
 
 test-full: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# FUZZ_ARGS="--cases 1000000 plan" for more cases, or of some targets alone
+fuzz: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m fuzz $(FUZZ_ARGS)
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .

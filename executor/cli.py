@@ -197,7 +197,7 @@ def _check_options(options: argparse.Namespace) -> None:
     if options.prompt is None:
         raise InputError("--prompt is missing: give the question")
     for path in options.image:
-        if not path.is_file():
+        if not os.path.isfile(path):  # also for a name that no file can have
             raise InputError(f"--image {path}: no such file")
     _check_target("--record", options.record)
     _check_target("--save-outputs", options.save_outputs)
@@ -408,7 +408,7 @@ def _probe(options: argparse.Namespace) -> int:
             f"--out {options.out}: wanted a name ending in .json, as plan --device takes it"
         )
     folder = Path(options.model) if options.model else None
-    if folder is not None and not folder.is_dir():
+    if folder is not None and not os.path.isdir(folder):
         raise InputError(
             f"--model {options.model}: no such folder; wanted one on the disk to measure"
         )

@@ -10,9 +10,9 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import struct
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,11 +141,12 @@ def make_random_checkpoint(
     written in pieces of 48 MiB.
     """
     chosen, dtype_name = _parse_spec(spec, dtype=dtype, tied=tied)
-    if not directory.parent.is_dir():
+    # os.path, not Path: a name that no file can have is no file
+    if not os.path.isdir(directory.parent):
         raise InputError(
             f"{directory}: wanted a directory inside an existing one; make {directory.parent} first"
         )
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if os.path.exists(directory) and (not os.path.isdir(directory) or any(directory.iterdir())):
         raise InputError(
             f"{directory}: wanted a new or empty directory, found content; choose another"
         )
@@ -158,10 +159,14 @@ def make_random_checkpoint(
             f"{directory}: wanted {format_gib(total_bytes)} of disk space, found {format_gib(free_bytes)} free; "
             "choose another disk or a smaller spec"
         )
-    made = Path(
-        tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".part", dir=directory.parent)
-    )
+    # known before it is made, so that an interrupt at any moment finds what to delete
+    made = directory.with_name(f".{directory.name[:100]}.{secrets.token_hex(4)}.part")
     try:
+        try:
+            os.lstat(directory)  # the name may be too long for the file system
+        except FileNotFoundError:
+            pass
+        made.mkdir(mode=0o700)
         for name, content in _json_files(chosen, dtype_name).items():
             (made / name).write_text(content, encoding="utf-8")
         _write_weights(made, tensors, dtype_name, seed, total_bytes, progress)

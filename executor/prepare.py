@@ -17,6 +17,7 @@ from torch import Tensor
 from executor import cuda_errors, memory, text, vision
 from executor.arena import TORCH_DTYPES, Arena, check_places
 from executor.attention import check_kernel
+from executor.counts import check_counts
 from executor.cuda_settings import check_effective, check_settings
 from executor.device import Device
 from executor.generate import Sampling, generator, next_token, seen_mask
@@ -124,6 +125,7 @@ class Runs:
 
 def check_request(plan: Plan, request: Request) -> None:
     """Nothing, if plan, checkpoint and request belong together as far as can be told without loading anything."""
+    check_counts(plan)
     check_places(plan)
     check_order(plan)
     if plan.device.kind != request.device:

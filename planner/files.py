@@ -39,13 +39,18 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def check_target(option: str, path: Path) -> None:
     """Nothing, if a file can be written under this name; InputError says why not, before any work was done for it."""
-    if not path.parent.is_dir():
+    # os.path, not Path: a name that no file can have is no file
+    if not os.path.isdir(path.parent):
         raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{option} {path}: wanted the name of a file, found a folder or a device")
     try:
         # permissions alone do not tell: root may do anything, a file system may be read only
         with tempfile.TemporaryFile(dir=path.parent, prefix=".", suffix=".part"):
+            pass
+        try:
+            os.lstat(path)  # the name may be too long for the file system
+        except FileNotFoundError:
             pass
     except OSError as error:
         raise InputError(

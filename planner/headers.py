@@ -259,7 +259,7 @@ def _is_plain_name(name: str) -> bool:
 def _read_shards(directory: Path, index: dict[str, str]) -> dict[str, tuple[Path, Entry]]:
     """File and entry of each tensor the index names."""
     shards = sorted(set(index.values()))
-    missing = [shard for shard in shards if not (directory / shard).exists()]
+    missing = [shard for shard in shards if not os.path.exists(directory / shard)]
     if missing:
         raise CheckpointError(
             f"{directory}: wanted {len(shards)} shards, {len(missing)} of them missing: {listed(missing)}; "

@@ -567,16 +567,17 @@ class Plan(Frozen):
 
 def _read(path: Path) -> bytes:
     """The file's bytes; whatever lies under the name, not more than a plan has is read."""
-    data = b""
+    pieces, size_bytes = [], 0
     with open(path, "rb") as file:
         # piece by piece: one read takes memory for all that was asked for, however short the file
-        while len(data) <= MOST_PLAN_BYTES and (piece := file.read(2**20)):
-            data += piece
-    if len(data) > MOST_PLAN_BYTES:
+        while size_bytes <= MOST_PLAN_BYTES and (piece := file.read(2**20)):
+            pieces.append(piece)
+            size_bytes += len(piece)
+    if size_bytes > MOST_PLAN_BYTES:
         raise PlanFileError(
             f"{path}: not a plan: wanted at most {MOST_PLAN_BYTES // 2**20} MiB, found more"
         )
-    return data
+    return b"".join(pieces)
 
 
 # --- again, in the same arena ---------------------------------------------------------------------------------------

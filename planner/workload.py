@@ -7,6 +7,7 @@ and `--prompt-tokens` reads no image and no vocabulary.
 from __future__ import annotations
 
 import math
+import os
 import re
 import unicodedata
 import warnings
@@ -128,7 +129,8 @@ def image_size(path: Path) -> tuple[int, int]:
     from PIL import Image as Pillow
     from PIL import UnidentifiedImageError
 
-    if path.is_dir():
+    # os.path, not Path: a name that no file can have is no file
+    if os.path.isdir(path):
         raise ImageError(f"{path}: wanted an image file, found a directory")
     try:
         with warnings.catch_warnings():
