@@ -23,6 +23,7 @@ class Footprint:
     def __init__(self, problem: Problem, parts: Parts, options: Sequence[Options]) -> None:
         self.problem, self.parts, self.options = problem, parts, options
         self.blocks = lru_cache(maxsize=None)(self._blocks)
+        self.beside = lru_cache(maxsize=None)(self._beside)
         self.room = lru_cache(maxsize=None)(self._room)
 
     def _room(self, cap: float) -> float:
@@ -86,4 +87,12 @@ class Footprint:
             shapes = problem.gemm_shapes(choice.tiles, choice.images_together)
             context = problem.context_bytes(shapes)
             return max(held, problem.decoding_bytes) + context + problem.profile.context_error_bytes
-        return card_bound(problem, live, self.blocks(choice.tiles, choice.images_together))
+        if live <= SMALL_BYTES:
+            return card_bound(problem, live, self.blocks(choice.tiles, choice.images_together))
+        return -(-live // STEP_BYTES) * STEP_BYTES + self.beside(
+            choice.tiles, choice.images_together
+        )
+
+    def _beside(self, tiles: Tiles, together: bool) -> int:
+        """What a card holds beside a large arena, which has a segment of its own."""
+        return card_bound(self.problem, SMALL_BYTES, self.blocks(tiles, together)) - SMALL_BYTES

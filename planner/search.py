@@ -27,7 +27,7 @@ from planner.space import Decoding, Filling, Root, Space
 from planner.units import format_gib
 from planner.variants import evaluate_ordered, variants
 
-WEIGHED, SHORT = 1200, 200_000  # nodes of the space opened, at most; more where programs are short
+OPENED_STEPS = 220_000  # steps of all nodes of the space that are opened, at most
 SLOPE, STEEPER = 1 / 256, 40  # by which refined nodes are preferred then; doubled after so many
 DIVED = 480  # nodes opened on the way to a plan where the search was cut off, at most
 BUILT = 24  # settings whose program, graph and layout are built, at most
@@ -44,7 +44,7 @@ def search(request: Request, device: DeviceProfile, *, compared: bool = True) ->
     if budget is not None and budget < smallest.bound_bytes:
         raise certificate(problem, smallest)
     steps = len(smallest.program.steps)
-    weighed, built = max(WEIGHED, SHORT // steps), max(BUILT, SHORT // 50 // steps)
+    weighed, built = OPENED_STEPS // steps, max(BUILT, OPENED_STEPS // 50 // steps)
     found = fastest(space, smallest, weighed_most=weighed, built_most=built)
     return assemble(
         problem,
@@ -127,7 +127,7 @@ class Entry(NamedTuple):
 
 
 def fastest(
-    space: Space, smallest: Evaluated, *, weighed_most: int = WEIGHED, built_most: int = BUILT
+    space: Space, smallest: Evaluated, *, weighed_most: int, built_most: int = BUILT
 ) -> Found:
     """The first setting in order of bounds that is worked out in full and fits: no other is faster.
 

@@ -38,7 +38,7 @@ UNLIMITED = float("inf")
 ANCHORS: tuple[Anchor, ...] = ("late", "early", "middle")
 TALL = 8  # stacks of more layers begin with a resident unit, if they have any: where it lies matters little
 DEPTHS = (1, 2, 3)
-VISION_SHARES = 4  # residents of the vision tower are counted in quarters of it
+VISION_SHARES = 2  # residents of the vision tower are counted in halves of it
 
 
 class Root(NamedTuple):
