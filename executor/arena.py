@@ -155,8 +155,7 @@ class Arena:
         piece = self._bytes[span[0] : span[1]]
         if piece.device.type == "cpu":
             return zlib.crc32(piece.numpy().data)
-        even = piece[: piece.numel() // 8 * 8].view(torch.int64)
-        return int(even.sum()) + int(piece[even.numel() * 8 :].sum())
+        return sum_of(piece)
 
     def _tensor(self, offset_bytes: int, dtype: str, shape: tuple[int, ...]) -> Tensor:
         size_bytes = prod(shape) * DTYPE_BYTES[dtype]
@@ -227,6 +226,16 @@ def check_places(plan: Plan) -> None:
                 plan.model.dtype,
                 tensor.shape,
             )
+
+
+def sum_of(piece: Tensor) -> int:
+    """A sum over the bytes that changes with any of them, eight at a time from the first whole eight on."""
+    head = -piece.storage_offset() % 8
+    if piece.numel() < head + 8:
+        return int(piece.sum())
+    rest = head + (piece.numel() - head) // 8 * 8
+    words = piece[head:rest].view(torch.int64)
+    return int(words.sum()) + int(piece[:head].sum()) + int(piece[rest:].sum())
 
 
 def complement(ranges: Iterable[Range], size_bytes: int) -> list[Range]:

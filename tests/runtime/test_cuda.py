@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from executor.arena import sum_of
 from executor.device import Chunk
 from executor.queues import pieces_of
 
@@ -24,3 +26,16 @@ def test_pinned_pieces_bring_every_byte_to_its_place(piece_bytes: int) -> None:
     assert arena[0:36] == stored[94:130]
     assert arena[300:301] == stored[130:131]
     assert sum(arena) == sum(stored[30:131])
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 64), (3, 61), (5, 7), (8, 8), (12, 20)])
+def test_the_sum_that_guards_a_range_begins_anywhere_and_sees_every_byte(
+    start: int, stop: int
+) -> None:
+    """A buffer's end is the start of what a step must not change, and need not be a multiple of eight."""
+    memory = torch.arange(64, dtype=torch.uint8)
+    before = sum_of(memory[start:stop])
+    for at in range(64):
+        memory[at] += 1
+        assert (sum_of(memory[start:stop]) != before) is (start <= at < stop)
+        memory[at] -= 1
