@@ -9,7 +9,7 @@ from planner.assemble import Evaluated, evaluate
 from planner.errors import BudgetTooSmall
 from planner.fronts import START
 from planner.graph import Intervals
-from planner.parts import worked
+from planner.parts import plain_bytes
 from planner.problem import Problem
 from planner.schedule import Choice, PhaseResidency
 from planner.space import Space
@@ -75,8 +75,8 @@ def _streamed(space: Space) -> Iterator[tuple[int, Choice]]:
                     )
                     if choice not in seen:
                         seen.add(choice)
-                        found_ = worked(space.parts, choice)
-                        yield space.footprint.bound(choice, found_.live, found_.held), choice
+                        live, held = plain_bytes(space.parts, choice)
+                        yield space.footprint.bound(choice, live, held), choice
 
 
 def certificate(problem: Problem, smallest: Evaluated) -> BudgetTooSmall:

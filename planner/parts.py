@@ -361,6 +361,19 @@ class Worked(NamedTuple):
     held: int
 
 
+def plain_bytes(parts: Parts, choice: Choice) -> tuple[int, int]:
+    """The most arena bytes alive, and the most bytes at least held, with vision before the language model."""
+    tiles, rows = choice.tiles, choice.tiles.vocabulary_rows
+    frames = {
+        "vision": parts.vision(choice.images_together, choice.vision, choice.depth, False),
+        "prefill": parts.prefill(choice.prefill, choice.decode, choice.depth, rows),
+    }
+    if parts.repeats:
+        frames["decode"] = parts.decode(choice.decode, choice.prefill, choice.depth, rows)
+    live = [held for phase, frame in frames.items() for held in parts.live(phase, frame, tiles)]
+    return max(live), max(parts.held(phase, frame, tiles) for phase, frame in frames.items())
+
+
 def worked(parts: Parts, choice: Choice) -> Worked:
     """Seconds and bytes of one setting, exactly as its program and timeline have them."""
     tiles, rows, first = choice.tiles, choice.tiles.vocabulary_rows, choice.order == "all_first"

@@ -27,7 +27,7 @@ from planner.space import Decoding, Filling, Root, Space
 from planner.units import format_gib
 from planner.variants import evaluate_ordered, variants
 
-OPENED_STEPS = 220_000  # steps of all nodes of the space that are opened, at most
+OPENED_STEPS = 160_000  # steps of all nodes of the space that are opened, at most
 SLOPE, STEEPER = 1 / 256, 40  # by which refined nodes are preferred then; doubled after so many
 DIVED = 480  # nodes opened on the way to a plan where the search was cut off, at most
 BUILT = 24  # settings whose program, graph and layout are built, at most
