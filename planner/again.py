@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from planner import workspace
+from planner.graph import Intervals
 from planner.plan import (
     Copy,
     Further,
@@ -18,10 +19,34 @@ from planner.plan import (
 )
 from planner.problem import Problem
 from planner.queues import Job, line
+from planner.schedule import Program
 from planner.workload import TOKENS_AROUND_IMAGE
 
 BEFORE_IMAGES = 14  # tokens of the chat template before the first image, in Qwen2.5-VL's tokenizer
 QUESTION_ROWS = (32, 64, 128)  # at once: as few as hold the question
+
+
+def cache_kept(program: Program, lifetimes: Mapping[str, Intervals]) -> dict[str, Intervals]:
+    """The lifetimes, keys and values alive from prefill's first step on: where they are when a further question begins."""
+    whole = ((program.starts["prefill"], len(program.steps)),)
+    caches = {name for name, buffer in program.buffers.items() if buffer.kind == "kv_cache"}
+    return {name: whole if name in caches else spans for name, spans in lifetimes.items()}
+
+
+def shares_cache(
+    program: Program, lifetimes: Mapping[str, Intervals], offsets: Mapping[str, int]
+) -> bool:
+    """Whether something of prefill or decode lies on keys and values before they are written."""
+    prefill, buffers = program.starts["prefill"], program.buffers
+    later = [name for name, spans in lifetimes.items() if spans[-1][1] > prefill]
+    return any(
+        max(offsets[cache], offsets[name])
+        < min(offsets[cache] + buffers[cache].size_bytes, offsets[name] + buffers[name].size_bytes)
+        for cache in buffers
+        if buffers[cache].kind == "kv_cache"
+        for name in later
+        if name != cache
+    )
 
 
 def with_further(problem: Problem, plan: Plan) -> Plan:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from planner import graph as graphs
-from planner.again import with_further
+from planner.again import cache_kept, shares_cache, with_further
 from planner.graph import Intervals
 from planner.layout import Layout, place
 from planner.plan import (
@@ -129,12 +129,14 @@ def evaluate(
     return work_out(problem, draft(problem, choice, prefetch_after))
 
 
-def work_out(problem: Problem, drafted_: Draft) -> Evaluated:
-    """Graph, layout and bytes of a drafted program."""
+def work_out(problem: Problem, drafted_: Draft, *, for_further: bool = False) -> Evaluated:
+    """Graph, layout and bytes of a drafted program; `for_further`: keys and values outlive a request."""
     model, workload, profile = problem.model, problem.workload, problem.profile
     drafted, step_seconds, copy_seconds, time = drafted_
     choice = drafted.choice
     lifetimes = graphs.lifetimes_of(drafted)
+    if for_further:
+        lifetimes = cache_kept(drafted, lifetimes)
     buffer_sizes = {name: buffer.size_bytes for name, buffer in drafted.buffers.items()}
     layout = place(buffer_sizes, lifetimes)
     live = graphs.live_bytes(lifetimes, buffer_sizes, len(drafted.steps))
@@ -296,6 +298,7 @@ def assemble(
 ) -> Plan:
     """The Plan of an evaluated choice. Deterministic: the same request gives the same bytes."""
     request, profile = problem.request, problem.profile
+    found = _for_further(problem, found)
     drafted, choice = found.program, found.choice
     steps = tuple(
         Step(
@@ -394,6 +397,21 @@ def assemble(
         ),
     )
     return with_further(problem, plan)
+
+
+def _for_further(problem: Problem, found: Evaluated) -> Evaluated:
+    """The same with keys and values that a further question finds, where the budget has the bytes, often none."""
+    drafted = found.program
+    if not drafted.decode_repeats or not shares_cache(
+        drafted, found.lifetimes, found.layout.offsets
+    ):
+        return found
+    copy_seconds = found.copy_seconds
+    other = work_out(
+        problem, Draft(drafted, found.step_seconds, copy_seconds, found.time), for_further=True
+    )
+    budget = problem.request.budget_bytes
+    return other if budget is None or other.bound_bytes <= budget else found
 
 
 def used_units(problem: Problem, choice: Choice) -> tuple[Unit, ...]:
