@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -189,7 +191,7 @@ def open_image(path: Path, image: Image) -> PixelSource:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on metadata and size
-            with Pillow.open(path) as picture:
+            with _NoLonger(path) as file, Pillow.open(file) as picture:
                 orientation = _orientation(picture)
                 width, height = picture.size
                 found = (height, width) if orientation >= 5 else (width, height)
@@ -221,6 +223,20 @@ def open_image(path: Path, image: Image) -> PixelSource:
     # shrinks where it lies (mremap); nobody else holds it yet
     array.resize((image.height_px, image.width_px, 3), refcheck=False)
     return PixelSource(array, image)
+
+
+class _NoLonger(BufferedReader):
+    """A file whose reads ask for no more than it has: a length inside it must not decide how much memory is taken.
+
+    planner/workload.py has the same lines: packages share only the plan.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(FileIO(path))
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = os.fstat(self.fileno()).st_size - self.tell()
+        return super().read(left if size is None or size < 0 else max(0, min(size, left)))
 
 
 def _columns_first(image: Image) -> bool:

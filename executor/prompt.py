@@ -59,6 +59,10 @@ def build_prompt(
             ids: list[int] = tokenizer.encode(piece, add_special_tokens=False).ids
         except (UnicodeEncodeError, TypeError):  # lone surrogates
             raise InputError("--prompt: wanted UTF-8 text, found bytes that are not") from None
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise CheckpointError(
+                f"tokenizer.json: cannot encode text ({error}); download the checkpoint's again"
+            ) from None
         return ids
 
     newline = encode("\n")

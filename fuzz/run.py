@@ -64,6 +64,7 @@ def run(target: str, numbers: Iterable[int], *, most_findings: int = 20) -> Tall
 
 def run_limited(target: str, first: int, stop: int) -> Tally:
     """One block, in a process that may not take much more memory than it has when it starts."""
+    import os
     import resource
 
     import executor.image
@@ -71,6 +72,8 @@ def run_limited(target: str, first: int, stop: int) -> Tally:
     import executor.record  # noqa: F401
     from executor.memory import data_bytes
 
+    # libraries in C print what they find
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     run(target, range(first, first + 1))  # imports and makes what it needs
     mapped = data_bytes()
     limits = resource.getrlimit(resource.RLIMIT_DATA)

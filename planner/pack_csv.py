@@ -121,8 +121,9 @@ def _places(path: Path, header: Sequence[str]) -> list[int]:
 
 def _span(fields: Sequence[str], where: str) -> Span:
     numbers = []
-    for name, text in zip(COLUMNS[1:], fields[1:], strict=True):
-        if not _NUMBER.fullmatch(text.strip()) or int(text) > MOST_BYTES:
+    for name, field in zip(COLUMNS[1:], fields[1:], strict=True):
+        text = field.strip()
+        if not _NUMBER.fullmatch(text) or int(text) > MOST_BYTES:
             raise InputError(
                 f"{where}: {name}: wanted a whole number from 0 to 2^60, found {text[:40]!r}"
             )

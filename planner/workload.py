@@ -12,6 +12,7 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Sequence
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -132,10 +133,12 @@ def image_size(path: Path) -> tuple[int, int]:
     # os.path, not Path: a name that no file can have is no file
     if os.path.isdir(path):
         raise ImageError(f"{path}: wanted an image file, found a directory")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ImageError(f"{path}: wanted an image file, found a pipe or a device")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # ours is the only report on size and metadata
-            with Pillow.open(path) as picture:
+            with _NoLonger(path) as file, Pillow.open(file) as picture:
                 width, height = picture.size
                 turned = _orientation(picture) >= 5
     except FileNotFoundError:
@@ -159,6 +162,20 @@ def image_size(path: Path) -> tuple[int, int]:
         raise ImageError(f"{path}: wanted an image of at least 1x1 pixels, found {width}x{height}")
     check_source_pixels(str(path), width, height)
     return (height, width) if turned else (width, height)
+
+
+class _NoLonger(BufferedReader):
+    """A file whose reads ask for no more than it has: a length inside it must not decide how much memory is taken.
+
+    executor/image.py has the same lines: packages share only the plan.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(FileIO(path))
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = os.fstat(self.fileno()).st_size - self.tell()
+        return super().read(left if size is None or size < 0 else max(0, min(size, left)))
 
 
 def check_source_pixels(name: str, width_px: int, height_px: int) -> None:
@@ -274,7 +291,12 @@ def prompt_tokens(
     tokenizer.encode_special_tokens = True  # what the user writes is text, never a control token
 
     def count(piece: str) -> int:
-        return len(tokenizer.encode(piece, add_special_tokens=False).ids)
+        try:
+            return len(tokenizer.encode(piece, add_special_tokens=False).ids)
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise CheckpointError(
+                f"{tokenizer_json}: cannot encode text ({error}); download it again"
+            ) from None
 
     # five control tokens: start and end of system, start and end of user, start of assistant
     template = 5 + count(SYSTEM_TEXT) + 2 * count("\n") + count(ASSISTANT_TEXT)

@@ -96,7 +96,7 @@ def test_a_killed_run_leaves_no_outputs_and_the_next_one_succeeds(
         hidden.rmdir()
 
 
-@pytest.mark.parametrize("trials", [5, pytest.param(300, marks=pytest.mark.full)])
+@pytest.mark.parametrize("trials", [5, pytest.param(100, marks=pytest.mark.full)])
 def test_a_run_ended_at_a_random_moment_leaves_whole_outputs_or_none(
     trials: int, lab: Any, zygote: Any, tmp_path: Path
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from PIL import Image as Pillow
 
 from executor.cli import main as execute
 from fuzz import run as module
@@ -128,8 +131,6 @@ def test_a_name_that_no_file_can_have_is_refused_by_execute(
 
 
 def test_a_shard_of_a_name_that_no_file_can_have_is_missing(tmp_path: Path) -> None:
-    import json
-
     from planner.headers import read_checkpoint_tensors
 
     index = tmp_path / "model.safetensors.index.json"
@@ -151,3 +152,72 @@ def test_a_plan_file_without_end_is_refused(kind: str, tmp_path: Path) -> None:
         pytest.skip("there is no /dev/zero")
     with pytest.raises(PlanFileError, match="wanted at most 64 MiB"):
         Plan.load(path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of Linux")
+def test_a_length_inside_a_picture_takes_no_memory(tmp_path: Path) -> None:
+    """A PNG of 200 bytes with a chunk that says it had two gigabytes."""
+    import resource
+    import struct
+
+    from executor.image import open_image
+    from executor.memory import data_bytes
+    from planner.workload import image_size, plan_image
+
+    file = tmp_path / "a.png"
+    Pillow.new("RGB", (40, 40)).save(file)
+    data = file.read_bytes()
+    at = data.index(b"IDAT") - 4
+    image = plan_image("a", 40, 40, min_pixels=784, max_pixels=3136)
+    open_image(file, image)
+    before, mapped = resource.getrlimit(resource.RLIMIT_DATA), data_bytes()
+    assert mapped is not None
+    for length in (2**31 - 1, 2**30):
+        file.write_bytes(data[:at] + struct.pack(">I", length) + data[at + 4 :])
+        resource.setrlimit(resource.RLIMIT_DATA, (mapped + 2**28, before[1]))
+        try:
+            assert image_size(file) == (40, 40)
+            open_image(file, image)  # its pixels are all there
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def test_a_pipe_in_place_of_a_picture_is_refused(tmp_path: Path, capsys: Any) -> None:
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("there are no pipes with names")
+    os.mkfifo(tmp_path / "pipe")
+    assert plan(["--image", str(tmp_path / "pipe")]) == 2
+    assert "found a pipe or a device" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_reads_but_cannot_encode_is_named(tmp_path: Path) -> None:
+    from executor.prompt import build_prompt, load_tokenizer
+    from planner.plan import TokenIds
+    from planner.workload import prompt_tokens
+
+    control = [
+        {"id": i, "content": f"<|im_{w}|>", "special": True} for i, w in ((1, "start"), (2, "end"))
+    ]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    file = tmp_path / "tokenizer.json"
+    words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "none"}
+    added = [{**token, **flags} for token in control]
+    file.write_text(json.dumps({"version": "1.0", "added_tokens": added, "model": words}))
+    with pytest.raises(CheckpointError, match="cannot encode text"):
+        prompt_tokens("b", None, file, [])
+    with pytest.raises(CheckpointError, match="cannot encode text"):
+        build_prompt(
+            load_tokenizer(file),
+            "b",
+            [],
+            TokenIds(image=5, video=6, vision_start=7, vision_end=8, stop=(2,)),
+        )
+
+
+@pytest.mark.parametrize("number", ["7\x1e", "\x1c7", " 7 "])
+def test_a_table_s_number_between_separators_is_a_number(number: str, tmp_path: Path) -> None:
+    from planner.pack_csv import read
+
+    file = tmp_path / "a.csv"
+    file.write_text(f"id,lower,upper,size\na,0,1,{number}\n")
+    assert [span.size for span in read(file)[2]] == [7]
