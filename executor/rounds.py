@@ -66,17 +66,19 @@ def question(
     if start >= len(ids) or tuple(ids[:start]) != tuple(before[:start]):
         return None
     first = first_of_prefill(plan)
-    if not keeps_cache(plan, first):
+    landed = still_there(plan, first) | {c.id for c in plan.copies if c.phase == "vision"}
+    waited = {name for step in plan.steps[first:] for name in step.waits}
+    # a copy that no step of this round waits for must be there
+    if not keeps_cache(plan, first) or not {c.id for c in plan.copies} <= landed | waited:
         return None
     most = plan.workload.prompt_tokens
     tile = question_tile(further.question_rows, start, most, plan.decode_repeats)
-    landed = {copy.id for copy in plan.copies if copy.phase == "vision"}
     return Round(
         first,
         start,
         -(-(len(ids) - start) // tile) * tile,
         tile,
-        still_there(plan, first) | landed,
+        landed,
         tuple(_rows_of_cache(plan, start)),
     )
 

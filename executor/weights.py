@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -136,9 +135,6 @@ class Reader(AbstractContextManager["Reader"]):
             copy.size_bytes for copy in plan.copies if copy.id in landed and copy.phase != "vision"
         )
         self._skipped = {step.id for step in plan.steps[:first]}
-        # what the first step needs before it may run: also what steps that do not run would have waited for
-        waits = [step.waits for step in plan.steps[: first + 1]] if first else []
-        self._begin = {plan.steps[first].id: tuple(chain(*waits))} if waits else {}
         self._chunks = {
             copy.id: chunks(pieces(units[copy.unit], buffers[copy.buffer], locations))
             for copy in copies
@@ -189,7 +185,7 @@ class Reader(AbstractContextManager["Reader"]):
         """Seconds waited until the copies that the step names had been issued; then the device waits for them itself."""
         start = time.perf_counter()
         with self._changed:
-            for copy in self._begin.get(step.id, step.waits):
+            for copy in step.waits:
                 if copy in self._landed:
                     continue
                 needed = iteration + 1 if copy in self._repeats else 1

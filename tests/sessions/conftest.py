@@ -26,6 +26,7 @@ class Turn(NamedTuple):
     question: tuple[int, ...]
     images: int
     new_tokens: int = 4
+    before: int = 5  # tokens before the first image
 
 
 # a question as long as the plan's, a shorter one, the shortest; other images; an answer that ends at once
@@ -58,7 +59,7 @@ class Talks:
 
     def ids(self, name: str, turn: Turn) -> tuple[int, ...]:
         whole = self.lab.ids(self.lab.checkpoint(self.lab.settings[name].tied))
-        return (*whole[:-7], *turn.question)
+        return (*whole[5 - turn.before : -7], *turn.question)
 
     def images(self, name: str, number: int) -> tuple[ArrayPixels, ...]:
         """Fresh objects of the same values for the same number."""
@@ -92,12 +93,13 @@ class Talks:
         *,
         plan: Plan | None = None,
         turns: tuple[Turn, ...] = TURNS,
+        stop: tuple[int, ...] = (),
     ) -> list[Said]:
         """All turns in one session, dead ranges full of NaN."""
         images = [self.images(name, number) for number in (0, 1)]
         path = self.lab.folder / "held.safetensors"
         said = []
-        request = replace(self.lab.request(name, poison=True), save_outputs=None)
+        request = replace(self.lab.request(name, poison=True), save_outputs=None, stop=stop)
         with Session(plan or self.lab.plan(name), request, device) as session:
             for turn in turns:
                 result = session.ask(
@@ -119,11 +121,12 @@ class Talks:
         name: str,
         policy: Policy,
         turns: tuple[Turn, ...] = TURNS,
-        device: type[HostileDevice] = HostileDevice,
+        *,
+        stop: tuple[int, ...] = (),
     ) -> list[Said]:
         scheduler = Scheduler(policy)
         with scheduler.threads():
-            return self.held(name, device(scheduler), turns=turns)
+            return self.held(name, HostileDevice(scheduler), turns=turns, stop=stop)
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from executor.rounds import question
+from executor.run import Session
+from planner.errors import DoesNotFit, InputError, RunFailed
 from planner.plan import first_of_prefill, keeps_cache, still_there
-from tests.hostile.device import HostileDevice
 from tests.hostile.lab import SETTINGS
 from tests.hostile.scheduler import EXTREMES, at_random, by_rank, policies
 from tests.sessions.conftest import TURNS, Talks
@@ -114,25 +117,80 @@ def test_many_orders_of_the_queues_change_no_bit(talks: Talks, setting: str) -> 
             assert torch.equal(said.logits, wanted.logits), name
 
 
-class NeverSynchronized(HostileDevice):
-    """A card of which nobody waits for what is under way between two requests."""
-
-    def synchronize(self) -> None: ...
-
-
-def test_without_a_wait_between_requests_copies_of_the_last_one_would_show(talks: Talks) -> None:
-    name, turns = "all streamed, 3 slots", (TURNS[0]._replace(new_tokens=2), TURNS[1])
-    right = talks.held(name, turns=turns)
-    assert any(
-        not torch.equal(one.logits, other.logits)
-        for _, policy in policies(3)
-        for one, other in zip(
-            talks.hostile(name, policy, turns, NeverSynchronized), right, strict=True
-        )
-    )
+def test_copies_of_an_answer_that_ended_early_do_not_reach_into_the_next(talks: Talks) -> None:
+    name, turns = "all streamed, 3 slots", TURNS[:2]
+    first, second = (talks.alone(name, turn).tokens for turn in turns)
+    stop = (next(token for token in first[1:3] if token not in (first[0], second[0])),)
+    right = talks.held(name, turns=turns, stop=stop)
+    assert len(right[0].tokens) < 4
+    for policy_name, policy in policies(6):
+        for said, wanted in zip(talks.hostile(name, policy, turns, stop=stop), right, strict=True):
+            assert torch.equal(said.logits, wanted.logits), policy_name
 
 
 # --- what a session may find --------------------------------------------------------------------------------------
+
+
+def test_images_at_another_place_in_the_prompt_run_as_a_whole(talks: Talks) -> None:
+    name = "all streamed, 2 slots"
+    turns = (TURNS[0], TURNS[1]._replace(before=2), TURNS[2]._replace(before=2), TURNS[1])
+    said = talks.held(name, turns=turns)
+    for turn, found in zip(turns, said, strict=True):
+        assert torch.allclose(found.logits, talks.alone(name, turn).logits, rtol=0, atol=CLOSE)
+    assert [found.record.reused_tokens for found in said] == [0, 0, 31, 0]
+
+
+def test_after_a_request_that_failed_the_next_one_runs_as_a_whole(talks: Talks) -> None:
+    name = "all resident, in turn"
+    images = talks.images(name, 0)
+
+    def fails(step: str) -> None:
+        if step == "prefill/layers.1.mlp":
+            raise InputError("enough")
+
+    request = replace(
+        talks.lab.request(name, poison=True), images=images, save_outputs=None, max_new_tokens=4
+    )
+    asked = [replace(request, prompt=talks.ids(name, turn)) for turn in TURNS[:3]]
+    with Session(talks.lab.plan(name), request) as session:
+        session.answer(asked[0])
+        with pytest.raises(InputError, match="enough"):
+            session.answer(replace(asked[1], on_step=fails))
+        third = session.answer(asked[2])
+        fourth = session.answer(asked[1])
+    assert third.record.reused_tokens == third.record.reused_weights_bytes == 0
+    assert third.tokens == talks.alone(name, TURNS[2]).tokens
+    assert fourth.record.reused_tokens == 34
+    assert fourth.tokens == talks.alone(name, TURNS[1]).tokens
+
+
+def test_a_session_that_ended_or_could_not_load_says_so(talks: Talks) -> None:
+    name = "all resident, first"
+    plan, request = talks.lab.plan(name), talks.lab.request(name)
+    with Session(plan, request) as session:
+        pass
+    with pytest.raises(RunFailed, match="has ended or could not load; open another"):
+        session.ask(talks.ids(name, TURNS[0]))
+    small = plan.device.model_copy(update={"budget_bytes": 1})
+    with Session(plan.model_copy(update={"device": small}), request) as session:
+        with pytest.raises(DoesNotFit):
+            session.ask(talks.ids(name, TURNS[0]))
+        with pytest.raises(RunFailed, match="could not load"):
+            session.ask(talks.ids(name, TURNS[0]))
+
+
+def test_a_question_beyond_the_plans_room_is_refused_and_the_session_goes_on(
+    talks: Talks,
+) -> None:
+    name = "all resident, first"
+    images = talks.images(name, 0)
+    with Session(talks.lab.plan(name), talks.lab.request(name)) as session:
+        session.ask(talks.ids(name, TURNS[0]), images)
+        with pytest.raises(InputError, match="the plan room for 42"):
+            session.ask((*talks.ids(name, TURNS[0]), 1), images)
+        with pytest.raises(InputError, match="the plan is for 2 images, found 1"):
+            session.ask(talks.ids(name, TURNS[0]), images[:1])
+        assert session.ask(talks.ids(name, TURNS[1]), images).record.reused_tokens == 34
 
 
 def test_other_text_before_the_images_runs_as_a_whole(talks: Talks) -> None:
@@ -164,6 +222,22 @@ def test_keys_and_values_under_another_buffer_are_not_kept(talks: Talks) -> None
     assert not keeps_cache(broken, first)
     ids = talks.ids("all streamed, 1 slot", TURNS[0])
     assert question(broken, ids, ids, ((6, 6), (14, 20))) is None
+
+
+def test_a_plan_whose_weights_nobody_would_wait_for_is_run_as_a_whole(talks: Talks) -> None:
+    name = "all resident, first"
+    plan = talks.lab.plan(name)
+    ids, spans = talks.ids(name, TURNS[0]), ((6, 6), (14, 20))
+    assert question(plan, ids, ids, spans) is not None
+    first = first_of_prefill(plan)
+    # a unit that would have to come again, though only the first step of all waits for its copy
+    shorter = tuple(
+        buffer.model_copy(update={"lifetimes": ((0, first + 3),)})
+        if buffer.name == "weights/text/layers.0.mlp"
+        else buffer
+        for buffer in plan.buffers
+    )
+    assert question(plan.model_copy(update={"buffers": shorter}), ids, ids, spans) is None
 
 
 def test_the_settings_have_weights_that_stay_and_weights_that_do_not(talks: Talks) -> None:
