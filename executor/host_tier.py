@@ -36,17 +36,9 @@ class HostTier:
         self._piece_bytes = piece_bytes
         self.filled: set[str] = set()  # units that were read
         self._start = {unit.unit: unit.offset_bytes for unit in units}
-        size = max((unit.offset_bytes + unit.size_bytes for unit in units), default=0)
-        pieces = -(-size // piece_bytes)
+        self._size = max((unit.offset_bytes + unit.size_bytes for unit in units), default=0)
+        self._pin = pin
         self._pieces: list[Tensor] = []
-        try:
-            for _ in range(pieces):
-                self._pieces.append(pin(piece_bytes))
-        except RuntimeError as error:
-            raise OutOfMemory(
-                f"{format_gib(pieces * piece_bytes)} of pinned host memory for weights were refused after "
-                f"{format_gib(len(self._pieces) * piece_bytes)}: {error}; plan with a smaller --ram"
-            ) from None
 
     def __contains__(self, unit: str) -> bool:
         return unit in self._start
@@ -56,9 +48,21 @@ class HostTier:
         return self._start[unit]
 
     def read(self, at: int, chunk: Chunk, files: Files) -> None:
-        """Fill the place of a chunk, which begins at `at`, from its file."""
+        """Fill the place of a chunk, which begins at `at`, from its file; OutOfMemory where more pinned memory is refused."""
+        self._reach(at + chunk.size_bytes)
         parts = [part.numpy().data for part in self._between(at, at + chunk.size_bytes)]
         files.read(chunk.path, chunk.offset_bytes, parts)
+
+    def _reach(self, end: int) -> None:
+        """Have pieces for the bytes before `end`; pinning takes time, so each is taken when it is first used."""
+        while len(self._pieces) * self._piece_bytes < end:
+            try:
+                self._pieces.append(self._pin(self._piece_bytes))
+            except RuntimeError as error:
+                raise OutOfMemory(
+                    f"{format_gib(self._size)} of pinned host memory for weights were refused after "
+                    f"{format_gib(len(self._pieces) * self._piece_bytes)}: {error}; plan with a smaller --ram"
+                ) from None
 
     def moves(self, at: int, chunk: Chunk) -> list[Move]:
         """From the place of a chunk, which begins at `at`, to the ranges that it names."""

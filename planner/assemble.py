@@ -17,6 +17,7 @@ from planner.plan import (
     Copy,
     DeviceTerms,
     HostBuffer,
+    HostUnit,
     Levers,
     MemoryTerm,
     Move,
@@ -109,7 +110,14 @@ class Draft(NamedTuple):
 def draft(problem: Problem, choice: Choice, prefetch_after: dict[str, int] | None = None) -> Draft:
     """The program of a choice and its seconds; of two ways to order the copy queue the faster."""
     sizes = problem.unit_sizes(choice.tiles.vocabulary_rows)
-    drafted = program(choice, problem.model, problem.workload, sizes, prefetch_after=prefetch_after)
+    drafted = program(
+        choice,
+        problem.model,
+        problem.workload,
+        sizes,
+        prefetch_after=prefetch_after,
+        pinned_bytes=problem.pinned_bytes,
+    )
     head_rows = min(choice.tiles.vocabulary_rows, problem.model.text.vocabulary)
     step_seconds = [problem.seconds_of(step, choice.tiles, head_rows) for step in drafted.steps]
     copy_seconds, stolen = _copy_seconds(problem, drafted)
@@ -269,6 +277,7 @@ def _copy_seconds(problem: Problem, drafted: Program) -> tuple[dict[str, float],
     """Seconds of each copy, and seconds that it steals from the steps beside it."""
     seen: set[str] = set()
     touched: set[str] = set()
+    pinned = set(drafted.pinned)
     seconds, stolen = {}, {}
     for copy in drafted.copies:
         first = copy.unit not in seen
@@ -276,9 +285,15 @@ def _copy_seconds(problem: Problem, drafted: Program) -> tuple[dict[str, float],
         # pages that nothing has touched yet; in a loop that is one of many
         fresh = copy.buffer not in touched and (copy.once or copy.phase != "decode")
         touched.add(copy.buffer)
+        if copy.source == "host":
+            seconds[copy.id] = problem.costs.from_host(copy.size_bytes)
+            stolen[copy.id] = 0.0
+            continue
         seconds[copy.id] = problem.costs.copy(
             copy.size_bytes, first=first, cached=problem.cached, fresh=fresh
         )
+        if first and copy.unit in pinned:
+            seconds[copy.id] += problem.costs.pin(copy.size_bytes)
         stolen[copy.id] = problem.costs.stolen(copy.size_bytes, fresh=fresh)
     return seconds, stolen
 
@@ -335,6 +350,7 @@ def assemble(
             once=copy.once,
             size_bytes=copy.size_bytes,
             seconds=found.copy_seconds[copy.id],
+            source=copy.source,
         )
         for copy in drafted.copies
     )
@@ -379,6 +395,7 @@ def assemble(
         host_buffers=tuple(pixel_buffers(problem, drafted)),
         steps=steps,
         copies=copies,
+        host_units=_host_units(problem, drafted),
         decode_repeats=drafted.decode_repeats,
         prediction=Prediction(
             phases=_phases(problem, found),
@@ -397,6 +414,16 @@ def assemble(
         ),
     )
     return with_further(problem, plan)
+
+
+def _host_units(problem: Problem, drafted: Program) -> tuple[HostUnit, ...]:
+    """Places of the pinned units, one behind another in order of use."""
+    sizes = problem.unit_sizes(drafted.choice.tiles.vocabulary_rows)
+    places, end = [], 0
+    for unit in drafted.pinned:
+        places.append(HostUnit(unit=unit, offset_bytes=end, size_bytes=sizes[unit]))
+        end += sizes[unit]
+    return tuple(places)
 
 
 def _for_further(problem: Problem, found: Evaluated) -> Evaluated:

@@ -180,6 +180,14 @@ class Costs:
             seconds += measured.copy_s + (self.touch(size_bytes) if fresh else 0.0)
         return seconds
 
+    def from_host(self, size_bytes: int) -> float:
+        """Seconds of bringing weights that stay in pinned host memory."""
+        return size_bytes / self.profile.host_to_device_bytes_per_s
+
+    def pin(self, size_bytes: int) -> float:
+        """Seconds of taking pinned memory for a unit, in which its first copy comes by."""
+        return size_bytes / self.profile.pin_bytes_per_s
+
     def touch(self, size_bytes: int) -> float:
         """Seconds that the system takes to clear new pages; nothing on a card."""
         measured = self.profile.measured

@@ -17,7 +17,7 @@ from planner import buffers
 from planner.plan import Kind, Tiles
 from planner.problem import Problem
 from planner.queues import Job, Loop, line, loop, queue
-from planner.schedule import LOOKAHEAD, Choice, PhaseResidency, refills
+from planner.schedule import LOOKAHEAD, Choice, PhaseResidency, pinned, refills
 from planner.workload import host_bytes
 
 
@@ -74,6 +74,7 @@ class Parts:
         self.prefill = lru_cache(maxsize=None)(self._prefill)
         self.decode = lru_cache(maxsize=None)(self._decode)
         self.looped = lru_cache(maxsize=None)(self._looped)
+        self.pinned = lru_cache(maxsize=None)(self._pinned)
 
     # --- vision -------------------------------------------------------------------------------------------------
 
@@ -193,8 +194,19 @@ class Parts:
         for unit in sorted(own):
             weights.own(unit, -1, unit, count if self.repeats else unit + 1)
         streamed = [need for need in range(count) if bare.units[need] and need not in own]
-        weights.streamed(streamed, depth, again_from=count)
+        pinned = self.pinned(within, vocabulary_rows)
+        weights.streamed(streamed, depth, again_from=count, pinned=pinned)
         return weights.frame()
+
+    def _pinned(self, residency: PhaseResidency, vocabulary_rows: int) -> frozenset[int]:
+        """Steps of the loop whose units stay in pinned host memory."""
+        if not self.repeats or not self.problem.pinned_bytes:
+            return frozenset()
+        bare = self.bare_text(True, vocabulary_rows)
+        own = self._own(residency.positions(self.totals(vocabulary_rows)))
+        streamed = [need for need, size in enumerate(bare.units) if size and need not in own]
+        sizes = tuple(bare.units[need] for need in streamed)
+        return frozenset(streamed[i] for i in pinned(sizes, self.problem.pinned_bytes))
 
     def _decode(
         self, residency: PhaseResidency, prefill: PhaseResidency, depth: int, vocabulary_rows: int
@@ -208,7 +220,8 @@ class Parts:
         for unit in sorted(own):
             weights.own(unit, -1, unit, count, again=True, brought=unit in before)
         streamed = [need for need in range(count) if bare.units[need] and need not in own]
-        weights.streamed(streamed, depth, again_from=0, looped=True)
+        pinned = self.pinned(residency, vocabulary_rows)
+        weights.streamed(streamed, depth, again_from=0, looped=True, pinned=pinned)
         return weights.frame()
 
     def _looped(
@@ -293,7 +306,13 @@ class _Weights:
             self.found.append((need, Job(need, after, *cost, False, again), size, True))
 
     def streamed(
-        self, needs: Sequence[int], depth: int, *, again_from: int, looped: bool = False
+        self,
+        needs: Sequence[int],
+        depth: int,
+        *,
+        again_from: int,
+        looped: bool = False,
+        pinned: frozenset[int] = frozenset(),
     ) -> None:
         slots = [0] * depth
         found = list(refills(needs, depth, loop=looped))
@@ -317,6 +336,11 @@ class _Weights:
             # a slot's pages are new to its first unit; in a loop that is one of many
             again, fresh = need >= again_from, not looped and not filled[slot] - grown
             cost = self._cost(size, again=again, fresh=fresh)
+            if need in pinned:
+                costs = self.costs
+                cost = (
+                    (costs.from_host(size), 0.0) if looped else (cost[0] + costs.pin(size), cost[1])
+                )
             job = Job(need, -1 if start is None else start, *cost, wraps)
             self.found.append((need, job, size, False))
 

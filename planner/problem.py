@@ -10,6 +10,7 @@ from typing import Literal
 from planner import kept_code, workspace
 from planner.buffers import SCRATCH_NAME, VISION_KINDS, Layouted, text_scratch, vision_scratch
 from planner.costs import Costs
+from planner.host_tier import capacity_bytes
 from planner.plan import (
     DTYPE_BYTES,
     Image,
@@ -77,6 +78,8 @@ class Problem:
         ram = request.ram_bytes if request.ram_bytes is not None else profile.default_ram_bytes
         self.total_bytes = sum(self.unit_sizes(self.model.text.vocabulary).values())
         self.cached = self.total_bytes <= ram  # files stay in host memory after they were read once
+        repeats = request.workload.max_new_tokens - 1
+        self.pinned_bytes = capacity_bytes(profile, ram, self.total_bytes, repeats)
 
     def _unit_sizes(self, vocabulary_rows: int) -> dict[str, int]:
         return unit_sizes(self.model, vocabulary_rows)

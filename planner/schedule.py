@@ -31,6 +31,7 @@ from planner.plan import (
 
 Anchor = Literal["late", "early", "middle"]
 
+Source = Literal["disk", "host"]  # where a copy takes its unit from
 LOOKAHEAD = 1  # steps by which a unit that is used once and has its own buffer is fetched ahead
 
 
@@ -65,6 +66,7 @@ class CopyDraft(NamedTuple):
     once: bool
     size_bytes: int
     need: int  # index of the first step that waits for it
+    source: Source = "disk"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,7 @@ class Program:
     copies: tuple[CopyDraft, ...]
     starts: Mapping[Phase, int]
     decode_repeats: int
+    pinned: tuple[str, ...] = ()  # units that stay in pinned host memory, in order of use
 
     @property
     def decode_start(self) -> int:
@@ -149,6 +152,21 @@ def spread(resident: int, total: int, anchor: Anchor = "late") -> frozenset[int]
     return frozenset(total - 1 - i if anchor == "early" else i for i in late)
 
 
+@lru_cache(maxsize=8192)
+def pinned(sizes: Sequence[int], capacity: int) -> frozenset[int]:
+    """Positions of the streamed units (a tuple of sizes, in order of use) that stay pinned: as many as fit, evenly spread."""
+    if sum(sizes) <= capacity:
+        return frozenset(range(len(sizes)))
+    low, high = 0, len(sizes) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if sum(sizes[i] for i in spread(middle, len(sizes))) <= capacity:
+            low = middle
+        else:
+            high = middle - 1
+    return spread(low, len(sizes))
+
+
 def program(
     choice: Choice,
     model: ModelShape,
@@ -156,8 +174,9 @@ def program(
     unit_sizes: Mapping[str, int],
     *,
     prefetch_after: Mapping[str, int] | None = None,
+    pinned_bytes: int = 0,
 ) -> Program:
-    """The program of one choice.
+    """The program of one choice; `pinned_bytes` of streamed units may stay in pinned host memory.
 
     `prefetch_after` (unit to step index) is where LLM residents may start to arrive under the order `prefetch`
     (`planner.variants` finds it from the free space); without it they arrive after the vision tower.
@@ -175,8 +194,10 @@ def program(
     copies = list(_vision_copies(drafts))
     copies += _prefill_copies(drafts, vision_end, prefetch_after or {})
     copies.sort(key=lambda copy: copy.need)
+    pinned_units: tuple[str, ...] = ()
     if repeats > 0:
-        copies += _decode_copies(drafts, prefill_end)
+        in_loop, pinned_units = _pin(_decode_copies(drafts, prefill_end), pinned_bytes)
+        copies += in_loop
     waits: dict[int, list[str]] = {}
     for copy in copies:
         waits.setdefault(copy.need, []).append(copy.id)
@@ -187,7 +208,10 @@ def program(
         )
         for index, step in enumerate(drafts.steps)
     )
-    return Program(choice, steps, drafts.buffers, tuple(copies), drafts.starts, max(repeats, 0))
+    repeats = max(repeats, 0)
+    return Program(
+        choice, steps, drafts.buffers, tuple(copies), drafts.starts, repeats, pinned_units
+    )
 
 
 class _Drafts:
@@ -402,6 +426,17 @@ def _decode_copies(drafts: _Drafts, prefill_end: int) -> list[CopyDraft]:
     copies = grown + list(_streamed(drafts, "decode", streamed, start=prefill_end))
     # first those of the first iteration in order of need, so that the loop can begin while units still arrive
     return sorted(copies, key=lambda copy: copy.need)
+
+
+def _pin(copies: Sequence[CopyDraft], capacity: int) -> tuple[list[CopyDraft], tuple[str, ...]]:
+    """The loop's copies with those of pinned units from host memory, and these units in order of use."""
+    streamed = [copy for copy in copies if not copy.once]
+    positions = pinned(tuple(copy.size_bytes for copy in streamed), capacity)
+    units = {streamed[position].unit: None for position in sorted(positions)}
+    return [
+        copy._replace(source="host") if copy.unit in units and not copy.once else copy
+        for copy in copies
+    ], tuple(units)
 
 
 def _own(drafts: _Drafts, phase: Phase, unit: str, serves: int, after: int) -> CopyDraft:

@@ -128,9 +128,12 @@ class Space:
 
     def copied(self, size_bytes: float, *, first: bool) -> float:
         """At least so many seconds does a copy of so many bytes take."""
-        return self.problem.costs.copy(
-            max(int(size_bytes), 0), first=first, cached=self.problem.cached
-        )
+        problem, size = self.problem, max(int(size_bytes), 0)
+        pinned = 0 if first else min(size, problem.pinned_bytes)
+        seconds = problem.costs.from_host(pinned) if pinned else 0.0
+        if size > pinned or not pinned:
+            seconds += problem.costs.copy(size - pinned, first=first, cached=problem.cached)
+        return seconds
 
     # --- roots ----------------------------------------------------------------------------------------------------
 
@@ -161,11 +164,12 @@ class Space:
     def front_bound(self, root: Root, streamed: float) -> float:
         """Vision and prefill take at least so long where so many bytes of the language model are streamed in prefill."""
         stack = self.stack(self, root.vocabulary_rows)
+        pin = stack.pin_bound(streamed)
         if not self.problem.workload.images:
             streamed = stack.total
         compute = least_seconds(self.prefill, self.caps[0]) + stack.small_prefill
-        prefill = max(compute, self.copied(streamed, first=True))
-        return max(self.tower_bound(root.depth, self.caps[0]) + prefill, stack.brought)
+        prefill = max(compute, self.copied(streamed, first=True) + pin)
+        return max(self.tower_bound(root.depth, self.caps[0]) + prefill, stack.brought + pin)
 
     def vision_seconds(self, root: Root, cap: float) -> float:
         """Of the fastest tower."""
@@ -357,19 +361,19 @@ class Space:
         streamed = stack.streamed(*residents)
         if not self.problem.workload.images:
             streamed = stack.total
-        missing = stack.streamed(*residents) - stack.streamed(
-            decoding.attn, decoding.mlp, decoding.head
-        )
+        looped = stack.streamed(decoding.attn, decoding.mlp, decoding.head)
+        missing = stack.streamed(*residents) - looped
+        pin = stack.pin_bound(looped)
         if self.repeats:
-            everything = missing + stack.streamed(decoding.attn, decoding.mlp, decoding.head)
+            everything = missing + looped
             first = max(stack.decode_compute, self.copied(everything, first=False))
             period = max(
                 stack.decode_compute,
                 self.copied(everything - missing, first=False),
             )
             rest = max(rest, first + (self.repeats - 1) * period)
-        prefill = max(compute + stack.small_prefill, self.copied(streamed, first=True))
-        return max(vision + prefill, stack.brought) + rest
+        prefill = max(compute + stack.small_prefill, self.copied(streamed, first=True) + pin)
+        return max(vision + prefill, stack.brought + pin) + rest
 
     def worked_fillings(self, filling: Filling) -> Iterator[tuple[float, Filling]]:
         """The same residents spread in each way, under each cap, with the fastest prompt tiles that fit and exact seconds; and fewer residents where some cap admits none, or slower tiles than without."""
@@ -542,6 +546,14 @@ class _Stack:
         self.small_prefill = sum(
             s for s, kind in zip(seconds, first.kinds, strict=True) if kind not in space.prefill
         )
+
+    def pin_bound(self, streamed: float) -> float:
+        """Where at least so many bytes are streamed in decode, taking pinned memory for those that stay there takes at least so long."""
+        problem = self.space.problem
+        if not problem.pinned_bytes or not self.space.repeats:
+            return 0.0
+        largest = max(self.attn, self.mlp, *self._heads)
+        return problem.costs.pin(int(min(streamed, max(problem.pinned_bytes - 2 * largest, 0))))
 
     def head_bytes(self, count: int) -> int:
         """Of so many resident tiles."""

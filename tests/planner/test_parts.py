@@ -57,6 +57,8 @@ def test_seconds_and_live_bytes_are_those_of_the_program(kit: Any, seed: int) ->
     workload = kit.workload(images, new=draw.choice([1, 2, 9]))
     profile = kit.toy(draw)
     problem = Problem(Request(kit.tiny(), workload, None), profile)
+    if not problem.on_cpu:
+        problem.pinned_bytes = int(draw.choice([0.0, 0.2, 0.5, 1.0]) * problem.total_bytes)
     choice = drawn_choice(kit, draw)
     if choice.order == "prefetch" and not images:
         return

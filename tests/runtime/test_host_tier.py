@@ -88,7 +88,7 @@ def test_bytes_of_a_unit_may_lie_across_pieces_and_keep_their_order(tmp_path: Pa
     assert arena[400:510].tolist() == list(range(50, 160))
 
 
-def test_refused_pinned_memory_says_what_was_wanted_and_what_to_do() -> None:
+def test_refused_pinned_memory_says_what_was_wanted_and_what_to_do(tmp_path: Path) -> None:
     taken = []
 
     def pin(size_bytes: int) -> torch.Tensor:
@@ -97,5 +97,10 @@ def test_refused_pinned_memory_says_what_was_wanted_and_what_to_do() -> None:
         taken.append(size_bytes)
         return torch.zeros(size_bytes, dtype=torch.uint8)
 
+    path = tmp_path / "weights.bin"
+    path.write_bytes(bytes(100))
+    tier = HostTier((HostUnit(unit="u", offset_bytes=0, size_bytes=100),), pin, piece_bytes=64)
+    files = Files()
     with pytest.raises(OutOfMemory, match=r"pinned host memory.*cannot lock pages.*--ram"):
-        HostTier((HostUnit(unit="u", offset_bytes=0, size_bytes=100),), pin, piece_bytes=64)
+        tier.read(0, Chunk(path, 0, ((0, 100),)), files)
+    files.close()
