@@ -7,6 +7,9 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -111,7 +114,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--model", metavar="DIR", help="the checkpoint's folder, or a hub id in the local cache")
     add("--image", type=Path, action="append", default=[], metavar="FILE", help="once per image")
-    add("--prompt", metavar="TEXT", help="the question")
+    add(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="the question; several are answered one after another, and the images are encoded once",
+    )
     add(
         "--device",
         choices=("cpu", "cuda"),
@@ -138,12 +146,17 @@ def _parser() -> argparse.ArgumentParser:
         help="draw from the likeliest ids of this probability",
     )
     add("--seed", type=_whole, default=0, metavar="N", help="of the draws")
-    add("--record", type=Path, metavar="FILE", help="write what was recorded, as JSON")
+    add(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="write what was recorded, as JSON; of a second question to FILE with -2 before its suffix, and so on",
+    )
     add(
         "--save-outputs",
         type=Path,
         metavar="FILE",
-        help="write image features, logits and tokens, as safetensors",
+        help="write image features, logits and tokens, as safetensors; named as with --record",
     )
     add(
         "--check",
@@ -199,8 +212,9 @@ def _check_options(options: argparse.Namespace) -> None:
     for path in options.image:
         if not os.path.isfile(path):  # also for a name that no file can have
             raise InputError(f"--image {path}: no such file")
-    _check_target("--record", options.record)
-    _check_target("--save-outputs", options.save_outputs)
+    for number in range(1, len(options.prompt) + 1):
+        _check_target("--record", _numbered(options.record, number))
+        _check_target("--save-outputs", _numbered(options.save_outputs, number))
 
 
 def _check_target(option: str, path: Path | None) -> None:
@@ -267,7 +281,7 @@ def _plan_beside(options: argparse.Namespace, *words: str) -> Plan:
     images = [str(path) if path.is_absolute() else f"./{path}" for path in options.image]
     arguments = [
         # with = also for a prompt that begins with a dash
-        *(f"--model={options.model}", f"--prompt={options.prompt}"),
+        *(f"--model={options.model}", f"--prompt={_longest(options)}"),
         *(f"--image={name}" for name in images or ["none"]),
         *(*words, "--json"),
     ]
@@ -291,6 +305,28 @@ def _plan_beside(options: argparse.Namespace, *words: str) -> Plan:
     raise RunFailed(f"planning ended with exit code {done.returncode}: {last}")
 
 
+def _longest(options: argparse.Namespace) -> str:
+    """The question with most tokens, or most bytes where there is no tokenizer: a plan has room for one."""
+    prompts: list[str] = options.prompt
+    file = Path(options.model) / "tokenizer.json"
+    # what is no UTF-8 is refused by the planner
+    texts = [prompt.encode("utf-8", "replace") for prompt in prompts]
+    sizes = [len(text) for text in texts]
+    if len(prompts) > 1 and file.is_file():
+        from executor.prompt import load_tokenizer
+
+        tokenizer = load_tokenizer(file)
+        sizes = [len(tokenizer.encode(text.decode()).ids) for text in texts]
+    return prompts[sizes.index(max(sizes))]
+
+
+def _numbered(path: Path | None, number: int) -> Path | None:
+    """The name of the file for one of several questions: `r.json`, `r-2.json`, ..."""
+    if path is None or number == 1:
+        return path
+    return path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
 def _execute(options: argparse.Namespace, plan: Plan, checkpoint: Checkpoint) -> int:
     from rich.console import Console
 
@@ -298,6 +334,7 @@ def _execute(options: argparse.Namespace, plan: Plan, checkpoint: Checkpoint) ->
     from executor.generate import Sampling
     from executor.memory import process_age_s
     from executor.prepare import Request
+    from executor.run import Session, run
 
     console = Console(stderr=True, quiet=options.quiet, highlight=False)
     sampling = Sampling(
@@ -309,7 +346,7 @@ def _execute(options: argparse.Namespace, plan: Plan, checkpoint: Checkpoint) ->
     request = Request(
         locations=checkpoint.tensors,
         images=tuple(options.image),
-        prompt=options.prompt,
+        prompt=options.prompt[0],
         tokenizer=checkpoint.tokenizer_json,
         max_new_tokens=options.max_new_tokens,
         sampling=sampling,
@@ -324,32 +361,39 @@ def _execute(options: argparse.Namespace, plan: Plan, checkpoint: Checkpoint) ->
         f"{plan.model.name} on {plan.device.kind}: {format_gib(plan.prediction.bound_peak_bytes)} at most, "
         f"{format_seconds(plan.prediction.seconds)} predicted"
     )
-    result = _with_progress(console, plan, request)
-    _write("\n")
-    console.print(render(compare(plan, result.record)))
-    if options.record:
-        result.record.save(options.record)
-    if result.record.passed_budget:
-        print(
-            f"error: passed the budget: {format_gib(result.record.peak_bytes or 0)} recorded, "
-            f"{format_gib(result.record.budget_bytes or 0)} allowed",
-            file=sys.stderr,
-        )
-        return PASSED_BUDGET
-    return 0
+    passed = False
+    with ExitStack() as stack:
+        answer: Callable[[Request], Result] = partial(run, plan)
+        if len(options.prompt) > 1:
+            answer = stack.enter_context(Session(plan, request)).answer
+        for number, prompt in enumerate(options.prompt, start=1):
+            outputs = _numbered(options.save_outputs, number)
+            asked = replace(request, prompt=prompt, save_outputs=outputs)
+            record = _with_progress(console, plan, asked, answer).record
+            _write("\n")
+            console.print(render(compare(plan, record)))
+            target = _numbered(options.record, number)
+            if target:
+                record.save(target)
+            if record.passed_budget:
+                print(
+                    f"error: passed the budget: {format_gib(record.peak_bytes or 0)} recorded, "
+                    f"{format_gib(record.budget_bytes or 0)} allowed",
+                    file=sys.stderr,
+                )
+                passed = True
+    return PASSED_BUDGET if passed else 0
 
 
-def _with_progress(console: Console, plan: Plan, request: Request) -> Result:
+def _with_progress(
+    console: Console, plan: Plan, request: Request, answer: Callable[[Request], Result]
+) -> Result:
     """Run with a bar for what comes before the answer; it is gone when the first token is there."""
-    from dataclasses import replace
-
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from executor.run import run
 
     before = [step.id for step in plan.steps if step.phase != "decode"]
     if console.quiet or not console.is_terminal:
-        return run(plan, request)
+        return answer(request)
     bar = Progress(
         TextColumn("{task.description:<32}"),
         BarColumn(),
@@ -374,7 +418,7 @@ def _with_progress(console: Console, plan: Plan, request: Request) -> Result:
         say(token, piece)
 
     with bar:
-        return run(plan, replace(request, on_step=on_step, on_token=on_token))
+        return answer(replace(request, on_step=on_step, on_token=on_token))
 
 
 def _say(token: int, piece: str) -> None:

@@ -70,15 +70,23 @@ def compare(plan: Plan, record: Record) -> Comparison:
         if step.outside_bytes is not None:
             outside[step.phase] = max(step.outside_bytes, outside.get(step.phase) or 0)
     rows = []
+    # a further question about the same images: its phases alone, and prefill over its own rows
+    further = plan.prediction.further if record.reused_tokens else None
+    kept_bytes = further.kept_bytes if further else 0
     for predicted in plan.prediction.phases:
         phase = phases.get(predicted.phase)
+        if further and phase is None:
+            continue
+        seconds = predicted.seconds
+        if further and predicted.phase == "prefill":
+            seconds = further.question_prefill_seconds
         rows.append(
             Row(
                 phase=predicted.phase,
                 expected_bytes=predicted.expected_peak_bytes,
-                bound_bytes=predicted.bound_peak_bytes,
+                bound_bytes=predicted.bound_peak_bytes + kept_bytes,
                 recorded_bytes=phase.peak_bytes if phase else None,
-                predicted_seconds=predicted.seconds,
+                predicted_seconds=seconds,
                 recorded_seconds=phase.seconds if phase else None,
                 unaccounted_bytes=_unaccounted(phase, record, outside.get(predicted.phase)),
             )
