@@ -131,13 +131,19 @@ def draft(problem: Problem, choice: Choice, prefetch_after: dict[str, int] | Non
 
 
 def evaluate(
-    problem: Problem, choice: Choice, prefetch_after: dict[str, int] | None = None
+    problem: Problem,
+    choice: Choice,
+    prefetch_after: dict[str, int] | None = None,
+    *,
+    quick: bool = False,
 ) -> Evaluated:
-    """Work one choice out, budget or not."""
-    return work_out(problem, draft(problem, choice, prefetch_after))
+    """Work one choice out, budget or not; `quick`: with a layout by first fit, for what is only compared."""
+    return work_out(problem, draft(problem, choice, prefetch_after), quick=quick)
 
 
-def work_out(problem: Problem, drafted_: Draft, *, for_further: bool = False) -> Evaluated:
+def work_out(
+    problem: Problem, drafted_: Draft, *, for_further: bool = False, quick: bool = False
+) -> Evaluated:
     """Graph, layout and bytes of a drafted program; `for_further`: keys and values outlive a request."""
     model, workload, profile = problem.model, problem.workload, problem.profile
     drafted, step_seconds, copy_seconds, time = drafted_
@@ -146,7 +152,7 @@ def work_out(problem: Problem, drafted_: Draft, *, for_further: bool = False) ->
     if for_further:
         lifetimes = cache_kept(drafted, lifetimes)
     buffer_sizes = {name: buffer.size_bytes for name, buffer in drafted.buffers.items()}
-    layout = place(buffer_sizes, lifetimes)
+    layout = place(buffer_sizes, lifetimes, quick=quick)
     live = graphs.live_bytes(lifetimes, buffer_sizes, len(drafted.steps))
     outside = [problem.outside_of(step, choice.tiles) for step in drafted.steps]
     bytes_ = step_bytes(

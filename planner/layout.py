@@ -43,8 +43,10 @@ class Layout(NamedTuple):
 # --- a plan's arena -----------------------------------------------------------------------------------------------
 
 
-def place(sizes: Mapping[str, int], lifetimes: Mapping[str, Intervals]) -> Layout:
-    """The lowest layout found of buffers with these sizes (multiples of ALIGNMENT) and lifetimes.
+def place(
+    sizes: Mapping[str, int], lifetimes: Mapping[str, Intervals], *, quick: bool = False
+) -> Layout:
+    """The lowest layout found of buffers with these sizes (multiples of ALIGNMENT) and lifetimes; `quick`: by first fit alone.
 
     Buffers with the same life lie one behind another, which makes few items of many; where these miss the lower bound,
     single ones are tried. No clock: the same buffers get the same offsets.
@@ -58,7 +60,7 @@ def place(sizes: Mapping[str, int], lifetimes: Mapping[str, Intervals]) -> Layou
     ]
     lower = _lower_bound(together)
     starts, height = _lowest_first_fit(together, lower)
-    if height > lower:
+    if height > lower and not quick:
         starts, height = _searched(together, lower, starts, height)
     offsets = {}
     for names in groups.values():

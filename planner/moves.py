@@ -28,7 +28,7 @@ def moves(problem: Problem, best: Evaluated) -> tuple[Move, ...]:
     found = []
     for name, undone in _undone(problem, best.choice):
         after = prefetch_after if undone.order == "prefetch" else None
-        other = evaluate(problem, undone, prefetch_after=after)
+        other = evaluate(problem, undone, prefetch_after=after, quick=True)
         started = problem.start_s(best.choice.tiles) - problem.start_s(undone.tiles)
         move = Move(
             name=name,
@@ -62,7 +62,8 @@ def usual_choice(problem: Problem) -> Choice:
 
 def usual(problem: Problem) -> Variant:
     """What the usual way would need, and whether that fits."""
-    found, budget = evaluate(problem, usual_choice(problem)), problem.request.budget_bytes
+    found = evaluate(problem, usual_choice(problem), quick=True)
+    budget = problem.request.budget_bytes
     return Variant(
         name=USUAL,
         bound_bytes=found.bound_bytes,

@@ -11,15 +11,17 @@ from planner.problem import Problem
 from planner.schedule import Choice, PhaseResidency
 
 
-def evaluate_ordered(problem: Problem, choice: Choice) -> Evaluated:
+def evaluate_ordered(problem: Problem, choice: Choice, *, quick: bool = False) -> Evaluated:
     """Any setting worked out; under `prefetch` after the plain order, whose free bytes it fills."""
     if choice.order != "prefetch":
-        return evaluate(problem, choice)
-    base = evaluate(problem, replace(choice, order="vision_then_llm"))
-    return prefetched(problem, choice, base)
+        return evaluate(problem, choice, quick=quick)
+    base = evaluate(problem, replace(choice, order="vision_then_llm"), quick=True)
+    return prefetched(problem, choice, base, quick=quick)
 
 
-def prefetched(problem: Problem, choice: Choice, base: Evaluated) -> Evaluated:
+def prefetched(
+    problem: Problem, choice: Choice, base: Evaluated, *, quick: bool = False
+) -> Evaluated:
     """The order `prefetch`: each LLM resident arrives as early as its bytes are free until its death, under the peak that the plain order has anyway."""
     drafted = base.program
     live = [step.live for step in base.bytes]
@@ -34,7 +36,8 @@ def prefetched(problem: Problem, choice: Choice, base: Evaluated) -> Evaluated:
     free = [max(live) - choice.spare_bytes - held for held in live[: drafted.starts["prefill"]]]
     starts = early_starts(free, [copy.size_bytes for copy in early])
     after = {copy.unit: start - 1 for copy, start in zip(early, starts, strict=True)}
-    return evaluate(problem, replace(choice, order="prefetch"), prefetch_after=after)
+    choice = replace(choice, order="prefetch")
+    return evaluate(problem, choice, prefetch_after=after, quick=quick)
 
 
 def variants(problem: Problem, best: Evaluated) -> tuple[Variant, ...]:
@@ -83,7 +86,7 @@ def variants(problem: Problem, best: Evaluated) -> tuple[Variant, ...]:
     result = []
     for name, setting, note in settings:
         same = setting == choice
-        found = best if same else evaluate_ordered(problem, setting)
+        found = best if same else evaluate_ordered(problem, setting, quick=True)
         result.append(
             Variant(
                 name=name,
