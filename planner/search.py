@@ -29,6 +29,7 @@ from planner.variants import evaluate_ordered, variants
 
 OPENED_STEPS = 160_000  # steps of all nodes of the space that are opened, at most
 SLOPE, STEEPER = 1 / 256, 40  # by which refined nodes are preferred then; doubled after so many
+LACKED = 3  # settings that did not fit, after which all are given as much less room as the least of them lacked
 DIVED = 480  # nodes opened on the way to a plan where the search was cut off, at most
 BUILT = 24  # settings whose program, graph and layout are built, at most
 
@@ -150,12 +151,13 @@ def fastest(
 
 def _dive(space: Space, queue: _Queue, smallest: Evaluated) -> Evaluated:
     """A plan near the least bound: refined nodes are preferred, in as much less room as the last ones lacked."""
-    less = queue.lacked
+    less = 0
     for opened in range(DIVED):
         if opened % STEEPER == 0:
             queue.prefer_refined(SLOPE * 2 ** (opened // STEEPER))
-        if queue.lacked > less:
-            less = queue.lacked
+        lacked = [size for size in queue.lacked if size > less]
+        if len(lacked) >= LACKED or (lacked and not queue.heap):
+            less = min(lacked)
             queue.heap.clear()
             queue.extend(space.roots(less))
         if not queue.heap:
@@ -177,7 +179,7 @@ class _Queue:
         self.slope = 0.0  # by which coarser nodes are put off
         self.budget = self.problem.request.budget_bytes
         self.weighed = self.pushed = self.built = 0
-        self.lacked = 0  # bytes of room, at most, that a setting lacked
+        self.lacked: list[int] = []  # bytes of room that settings lacked
         self.refused: set[Filling] = set()  # too large for the allocator, the library or the packer
         self.retried: set[Decoding] = set()
         self.extend(space.roots())
@@ -261,7 +263,7 @@ class _Queue:
             return  # it holds what others do not
         self.refused.add(setting.filling)
         decoding = setting.filling.decoding
-        self.lacked = max(self.lacked, decoding.root.less + excess)
+        self.lacked.append(decoding.root.less + excess)
         root = decoding.root._replace(less=decoding.root.less + excess)
         again = decoding._replace(root=root, anchor=None)
         if again not in self.retried:
