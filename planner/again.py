@@ -194,11 +194,15 @@ def _jobs(
         for name in step.waits:
             need.setdefault(name, max(index[step.id] - first, 0))
     touched = set[str]()
+    in_host = {place.unit for place in plan.host_units}  # since the first request
     for copy in copies:
         fresh = copy.buffer not in touched
         touched.add(copy.buffer)
         size = copy.size_bytes
         after = -1 if copy.after is None else max(index[copy.after] - first, -1)
+        if copy.unit in in_host:
+            yield Job(need[copy.id], after, problem.costs.from_host(size))
+            continue
         yield Job(
             need[copy.id],
             after,

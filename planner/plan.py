@@ -233,10 +233,13 @@ def spans(rows: int, tile: int) -> Iterator[tuple[int, int]]:
 
 
 def question_tile(tile: int, start: int, prompt_tokens: int, more: int) -> int:
-    """Rows at once of what follows row `start` of a prompt: `tile`, halved until its last tile, filled up, ends within `more` rows behind the prompt."""
+    """Rows at once of what follows row `start` of a prompt: `tile`, or the most below it with which the last tile, filled up, ends within `more` rows behind the prompt."""
     left = prompt_tokens - start
-    while tile > 1 and -(-left // tile) * tile > min(left + more, prompt_tokens):
-        tile //= 2
+    room = min(left + more, prompt_tokens)
+    count = -(-left // tile)
+    while count * tile > room:
+        tile = -(-left // count)
+        count += 1 if count * tile > room else 0
     return tile
 
 

@@ -134,6 +134,7 @@ def _request(plan: Plan, rates: str) -> list[tuple[str, str]]:
             f"{unit.named(prediction.bound_peak_bytes)} at most (bound){headroom}",
         ),
         ("seconds", f"{_seconds(plan)}{known}"),
+        *_again(plan),
         (
             "search",
             f"{prediction.candidates} settings weighed: none can take less than "
@@ -150,6 +151,17 @@ def _seconds(plan: Plan) -> str:
     if decode and plan.decode_repeats:
         text += f", of it {format_seconds(decode[0].seconds / plan.decode_repeats)} a token"
     return text
+
+
+def _again(plan: Plan) -> list[tuple[str, str]]:
+    """What more of the same takes while the plan stays loaded; nothing where only whole runs would come."""
+    further = plan.prediction.further
+    if further is None or further.question_rows is None:
+        return []
+    one = len(plan.workload.images) == 1
+    question, request = map(format_seconds, (further.question_seconds, further.request_seconds))
+    about = f"a further question about the same image{'' if one else 's'}"
+    return [("again", f"{about} {question}, {'another' if one else 'others'} {request}")]
 
 
 def _images(workload: Workload) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -12,23 +13,25 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image as Pillow
+from rich.console import Console
 
 from executor.make_checkpoint import make_random_checkpoint
 from executor.prepare import Request
 from executor.record import Record
 from executor.run import run
 from planner import search, spec, workload
-from planner.plan import Plan
+from planner.plan import Plan, question_tile
 from planner.profile import load_profile
+from planner.report import render
 from planner.schedule import Choice, PhaseResidency
-from planner.units import MIB
+from planner.units import MIB, format_seconds
 
 QUESTIONS = 20
 SCRIPT = """
 import json, sys
 from pathlib import Path
 from planner import spec
-from planner.plan import Plan
+from planner.plan import Plan, question_tile
 from executor.prepare import Request
 from executor.run import Session
 
@@ -175,3 +178,41 @@ def test_predictions_tell_a_further_question_from_another_image(files: Files) ->
         assert none is not None
         assert none.question_rows is None
         assert none.question_seconds == none.request_seconds
+
+
+def test_a_questions_tiles_end_within_the_room_behind_the_prompt() -> None:
+    # (at most so many rows, before, prompt, behind) -> rows at once
+    assert question_tile(32, 1000, 1030, 127) == 32
+    assert question_tile(64, 1000, 1037, 3) == 37  # no room for 64
+    assert question_tile(128, 1000, 1997, 127) == 128
+    assert question_tile(128, 1000, 1997, 1) == 2  # 997 is a prime
+    assert (
+        question_tile(64, 5, 42, 60) == 37
+    )  # the residual stream has no more rows than the prompt
+    for left in range(1, 300):
+        for more in (0, 1, 7, 100):
+            for most in (1, 7, 32, 128):
+                tile = question_tile(most, 400, 400 + left, more)
+                assert 1 <= tile <= most
+                assert -(-left // tile) * tile <= left + more
+
+
+def test_the_screen_says_what_more_takes(files: Files) -> None:
+    further = files.plan.prediction.further
+    assert further is not None
+
+    def screen(plan: Plan) -> str:
+        console = Console(width=80, file=io.StringIO())
+        console.print(render(plan))
+        return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+    lines = screen(files.plan).splitlines()
+    found = [line.rstrip() for line in lines if line.startswith("  again ")]
+    question, request = map(format_seconds, (further.question_seconds, further.request_seconds))
+    assert found == [
+        f"  again    a further question about the same image {question}, another {request}"
+    ]
+    none = further.model_copy(update={"question_rows": None})
+    prediction = files.plan.prediction.model_copy(update={"further": none})
+    plan = files.plan.model_copy(update={"prediction": prediction})
+    assert "  again " not in screen(plan)
