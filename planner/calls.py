@@ -43,7 +43,10 @@ class Calls:
     def _product(self, rows: int, fan_in: int, fan_out: int, bias: bool) -> float:
         weights = fan_in * fan_out
         if rows == 1:
-            return self.kernels.vector.at(self.token_bytes, weights) + self.first("vector")
+            vector = self.kernels.vector
+            # beyond the largest measured distance between two uses all comes from memory, and stays as fast
+            distance = min(self.token_bytes, vector.first[-1])
+            return vector.at(distance, weights) + self.first("vector")
         seconds = self.kernels.product.at(rows, weights) + self.first("product")
         return seconds + (seconds_at(self.kernels.passes["bias"], rows * fan_out) if bias else 0.0)
 

@@ -264,3 +264,14 @@ def test_a_wrong_table_is_refused_by_name(
     path.write_text(json.dumps(data))
     with pytest.raises(InputError, match=message):
         load_profile(str(path))
+
+
+def test_one_row_beyond_the_largest_measured_distance_takes_as_long_as_there(
+    model: ModelShape,
+) -> None:
+    vector = Grid(first=(100, 1000), second=(1, 1000), seconds=((1e-9, 1e-6), (2e-9, 2e-6)))
+    known = measured(bits16=kernels(vector=vector))
+    seconds = [
+        Calls(known, model, distance).product(1, 1000, 1000, False) for distance in (1000, 10**9)
+    ]
+    assert seconds[0] == seconds[1] == pytest.approx(2e-3)
