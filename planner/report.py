@@ -193,6 +193,11 @@ def _levers(plan: Plan) -> list[tuple[str, str]]:
     rows.append(
         ("staging", f"{slots} slot{'s' * (slots > 1)}" if streams else "none: nothing is streamed")
     )
+    if plan.host_units:
+        pinned = sum(unit.size_bytes for unit in plan.host_units)
+        rows.append(
+            ("host", f"{format_gib(pinned)} of streamed weights stay in pinned host memory (--ram)")
+        )
     for phase in ("vision", "prefill", "decode"):
         counts = [r for r in levers.residency if r.phase == phase]
         if counts and (phase != "vision" or plan.workload.images):
