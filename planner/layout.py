@@ -21,6 +21,7 @@ from planner.pack_search import PREFERENCES, Problem, Verdict, fit, make_problem
 SECONDS = 60.0  # that `pack` takes at most, unless told otherwise
 DESCENT_SHARE = 0.2  # of these, for the lowest height above a capacity that was not reached
 PLACE_NODES = 100  # decisions of a plan's exact search beyond one per buffer
+PLACE_TRIES = 3  # buffers that it places, right or wrong, for each decision allowed
 PLACE_PREFERENCES = 2
 FIRST_NODES = (
     3  # decisions per buffer before `pack` turns to another preference; doubled in every round
@@ -83,7 +84,8 @@ def _searched(
     """A layout as low as the lower bound by a short exact search, or the one given."""
     problem = make_problem([item.size_bytes for item in items], [item.intervals for item in items])
     for preference in PREFERENCES[:PLACE_PREFERENCES]:
-        outcome = fit(problem, lower, preference, nodes=len(items) + PLACE_NODES)
+        nodes = len(items) + PLACE_NODES
+        outcome = fit(problem, lower, preference, nodes=nodes, tries=PLACE_TRIES * nodes)
         if outcome.verdict is Verdict.FOUND:
             return {item.name: outcome.offsets[i] for i, item in enumerate(items)}, lower
         if outcome.verdict is Verdict.IMPOSSIBLE:

@@ -175,16 +175,28 @@ def fit(
     preference: Preference,
     *,
     nodes: int,
+    tries: int | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Offsets of all buffers below `height`, or why there are none; at most `nodes` decisions are opened."""
+    """Offsets of all buffers below `height`, or why there are none; at most `nodes` decisions are opened, and `tries` buffers placed."""
     if problem.lower_bound > height:
         return Outcome(Verdict.IMPOSSIBLE, [], 0)
-    return _Search(problem, height, preference).run(nodes, stop)
+    search = _Search(problem, height, preference, tries)
+    try:
+        return search.run(nodes, stop)
+    except _EnoughTries:
+        return Outcome(Verdict.UNDECIDED, [], len(search.nodes))
+
+
+class _EnoughTries(Exception):
+    """As many buffers were placed as were allowed."""
 
 
 class _Search:
-    def __init__(self, problem: Problem, height: int, preference: Preference) -> None:
+    def __init__(
+        self, problem: Problem, height: int, preference: Preference, tries: int | None
+    ) -> None:
+        self.tries_left = sys.maxsize if tries is None else tries
         count = len(problem.sizes)
         self.problem, self.height, self.preference = problem, height, preference
         self.low = [0] * count  # least offset that can still be had; NEVER where placed
@@ -327,6 +339,9 @@ class _Search:
             buffer = node.members[index]
             if offset + max([total[section] for section in sections[buffer]]) > height:
                 continue
+            self.tries_left -= 1
+            if self.tries_left < 0:
+                raise _EnoughTries
             passed_over = [] if node.is_tight else self._passed_over(node, index, offset)
             if self._place(node, buffer, offset) and self._lift(passed_over, offset):
                 return index, offset

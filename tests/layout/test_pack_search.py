@@ -70,6 +70,7 @@ def test_the_search_finds_the_least_height_and_refuses_the_one_beneath(
 def test_the_limit_of_decisions_leaves_the_question_open(partition: Cut) -> None:
     spans = partition(60, 1)
     problem = make_problem([s.size for s in spans], [((s.lower, s.upper),) for s in spans])
+    assert fit(problem, 2**20, PREFERENCES[0], nodes=10**6, tries=5).verdict is Verdict.UNDECIDED
     outcome = fit(problem, 2**20, PREFERENCES[0], nodes=10)
     assert outcome.verdict is Verdict.UNDECIDED
     assert not outcome.offsets

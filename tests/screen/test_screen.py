@@ -66,7 +66,7 @@ def test_the_verdict_says_the_budget_as_typed_and_what_it_costs(kit: Any) -> Non
     lines = kit.screen("--vram", "8GB").splitlines()
     assert lines[0] == "Qwen2.5-VL-7B-Instruct fits 8GB (7.45 GiB) on rtx-5080-16gb"
     (seconds,) = [line for line in lines if line.startswith("  seconds")]
-    assert re.search(r"about 2 min \d\d s, of it 1\.\d\d s a token; rates: data sheets", seconds)
+    assert re.search(r"about \d\d\.\d s, of it 0\.\d\d s a token; rates: data sheets", seconds)
 
 
 def test_the_numbers_of_the_screen_are_the_plans(kit: Any) -> None:
@@ -81,6 +81,9 @@ def test_the_numbers_of_the_screen_are_the_plans(kit: Any) -> None:
             f"{phase.weights_resident_bytes / GIB:.2f}" if phase.weights_resident_bytes else "-"
         )
     for move in prediction.moves:
+        if abs(move.paid_seconds) < 0.005 and abs(move.saved_bytes) < 0.005 * GIB:
+            assert move.name not in text
+            continue
         saved, paid = row_of(text, move.name)
         assert float(saved) == pytest.approx(move.saved_bytes / GIB, abs=0.0051)
         assert float(paid) == pytest.approx(move.paid_seconds, abs=0.0051)
@@ -140,13 +143,14 @@ def test_a_terminal_gets_blocks_and_a_pipe_does_not(kit: Any) -> None:
 
 def test_neighbouring_budgets_are_shown_where_there_are_any(kit: Any) -> None:
     both = kit.screen("--vram", "8GB")
+    own = float(row_of(both, "this plan")[1])
     size, seconds, fits = row_of(both, "next cheaper budget (estimate)")
     assert float(size) < 7.4
-    assert float(seconds) > 139
+    assert float(seconds) > own
     assert fits == "yes"
     size, seconds, fits = row_of(both, "next faster budget (estimate)")
     assert float(size) > 7.45
-    assert float(seconds) < 139
+    assert float(seconds) < own
     assert fits == "no"
     whole = kit.screen("--vram", "16GB")
     assert "next cheaper budget" in whole
