@@ -125,7 +125,7 @@ def test_planning_on_the_spot_leaves_nothing_in_the_context(tiny: dict[str, Any]
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (["--vram", "50MiB"], 3, "error: no plan fits 0.05 GiB"),
+        (["--vram", "50MiB"], 3, "error: no plan fits 50MiB (0.05 GiB)"),
         (["--vram", "16"], 2, "error: --vram: wanted a size such as 16GB"),
         (["--vram", "2GB", "--max-new-tokens", "0"], 2, "error: "),
     ],
