@@ -133,9 +133,7 @@ class CpuDevice:
                 self._mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
     def resident_bytes(self, ranges: Sequence[Range]) -> int | None:
-        mincore = (
-            getattr(ctypes.CDLL(None), "mincore", None) if hasattr(mmap, "MAP_PRIVATE") else None
-        )
+        mincore = getattr(memory.libc(), "mincore", None) if hasattr(mmap, "MAP_PRIVATE") else None
         if mincore is None:
             return None
         page, total = memory.PAGE_BYTES, 0
@@ -143,12 +141,14 @@ class CpuDevice:
             start, stop = start // page * page, _up(stop)
             if stop <= start:
                 continue
-            flags = ctypes.create_string_buffer((stop - start) // page)
+            # no array type of this length, which would be one more class for every length
+            flags = bytearray((stop - start) // page)
+            first = ctypes.byref(ctypes.c_char.from_buffer(flags))
             address = ctypes.c_void_p(self._address + start)
-            if mincore(address, ctypes.c_size_t(stop - start), flags) != 0:
+            if mincore(address, ctypes.c_size_t(stop - start), first) != 0:
                 return None
             # bit 0 alone is defined; the kernel sets the byte to 1
-            total += flags.raw.count(1) * page
+            total += flags.count(1) * page
         return total
 
     def notes(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,15 +139,21 @@ def lift_limit(before: int) -> None:
         )
 
 
+@lru_cache(maxsize=1)
+def libc() -> ctypes.CDLL:
+    """The C library. Once: each CDLL brings classes of its own, which wait long for the collector of cycles."""
+    return ctypes.CDLL(None)
+
+
 def _libc_function(name: str) -> ctypes._NamedFuncPointer | None:
     if not sys.platform.startswith("linux"):
         return None
     try:
-        function = getattr(ctypes.CDLL(None), name)
+        function = getattr(libc(), name)
     except (OSError, AttributeError):  # musl has neither
         return None
     # musl defines no gnu_get_libc_version; its mallopt, where a shim offers one, means nothing
-    return function if hasattr(ctypes.CDLL(None), "gnu_get_libc_version") else None
+    return function if hasattr(libc(), "gnu_get_libc_version") else None
 
 
 def _status_fields() -> dict[str, int]:

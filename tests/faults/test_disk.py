@@ -21,19 +21,20 @@ def answer(lab: Any) -> tuple[int, ...]:
     return run(lab.streamed, lab.request()).tokens
 
 
-@pytest.mark.parametrize("seed", [0, 1])
 def test_reads_that_come_in_pieces_change_nothing(
-    lab: Any, disk: Any, answer: tuple[int, ...], seed: int
+    lab: Any, disk: Any, answer: tuple[int, ...]
 ) -> None:
     whole = run(lab.streamed, lab.request()).tokens
     reads, disk.reads = disk.reads, 0
-    disk.short = random.Random(seed)
+    disk.short = random.Random(0)
     assert run(lab.streamed, lab.request()).tokens == whole == answer
     assert disk.reads > 2 * reads
 
 
-@pytest.mark.parametrize("part", [0.0, 0.3, 0.6, 0.9, 1.0])
-@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE, None])
+@pytest.mark.parametrize(
+    ("part", "error"),
+    [(0.0, errno.EIO), (0.6, errno.EIO), (1.0, errno.EIO), (0.4, errno.ESTALE), (0.3, None)],
+)
 def test_a_read_that_fails_ends_the_run_with_the_file_and_the_byte(
     lab: Any, disk: Any, part: float, error: int | None
 ) -> None:
@@ -57,7 +58,7 @@ def test_a_failing_disk_is_one_line_and_exit_code_1(lab: Any, disk: Any, execute
     execute().refused("the disk failed at byte", code=1)
 
 
-@pytest.mark.parametrize("stride", [11, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.parametrize("stride", [23, pytest.param(1, marks=pytest.mark.full)])
 def test_every_single_read_may_fail(lab: Any, disk: Any, stride: int) -> None:
     run(lab.resident, lab.request(max_new_tokens=2))
     reads = disk.reads
