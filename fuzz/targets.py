@@ -442,8 +442,8 @@ def tokenizer_target(place: Place) -> Target:
 
 
 def snapshot_target(place: Place) -> Target:
-    from planner.snapshot import parse_snapshot
-    from planner.snapshot_file import loads
+    from planner.replay.snapshot import parse_snapshot
+    from planner.replay.snapshot_file import loads
 
     block = {
         "size": 512,

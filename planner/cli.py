@@ -33,7 +33,7 @@ DEFAULT_DEVICE = "rtx-5080-16gb"
 COMMANDS = {
     "devices": "planner.devices",
     "pack": "planner.pack_csv",
-    "replay": "planner.replay",
+    "replay": "planner.replay.cli",
 }
 
 EPILOG = """\
@@ -207,7 +207,7 @@ def _plan(options: argparse.Namespace) -> None:
     except BudgetTooSmall as error:
         raise _as_typed(error, request) from None
     if options.snapshot is not None:
-        from planner.plan_snapshot import write
+        from planner.replay.plan_snapshot import write
 
         write(plan, options.snapshot)
         print(f"wrote {options.snapshot}", file=sys.stderr)

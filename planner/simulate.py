@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from planner.allocator import CachingAllocator
-from planner.allocator_settings import Settings, parse_settings
+from planner.allocator import Block, CachingAllocator, Settings, parse_settings
 from planner.graph import Intervals, start_index
-from planner.heap import Block
 from planner.plan import DTYPE_BYTES, Kept, ModelShape, Outside, Phase, Workload
 from planner.queues import Job, line, loop, queue
 from planner.schedule import CopyDraft, Program

@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 
-from planner.allocator import CachingAllocator
-from planner.allocator_settings import parse_settings
+from planner.allocator import Block, CachingAllocator, parse_settings
 from planner.errors import OutOfMemory
-from planner.heap import Block
-from planner.heap_snapshot import heap_snapshot
+from planner.replay.heap_snapshot import heap_snapshot
 from planner.units import MIB
 
 

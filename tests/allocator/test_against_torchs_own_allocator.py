@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 
-from planner.allocator import CachingAllocator
-from planner.allocator_settings import parse_settings
+from planner.allocator import Block, CachingAllocator, parse_settings
 from planner.errors import OutOfMemory
-from planner.heap import Block
-from planner.recording import Outcome, replay
-from planner.snapshot import read_snapshot
+from planner.replay.recording import Outcome, replay
+from planner.replay.snapshot import read_snapshot
 
 RECORDINGS = Path(__file__).parent / "recordings"
 PROGRAMS = sorted(path.name.split(".")[0] for path in RECORDINGS.glob("*.program.json.gz"))

@@ -11,7 +11,7 @@ import pytest
 from planner.cli import main
 from planner.errors import InputError
 from planner.plan import Plan
-from planner.plan_snapshot import plan_snapshot, write
+from planner.replay.plan_snapshot import plan_snapshot, write
 
 REQUEST = ["--vram", "8GB", "--model", "3b", "--image", "1920x1080", "--prompt-tokens", "16"]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from planner import snapshot_file
 from planner.cli import main
-from planner.recording import Outcome, replay
-from planner.snapshot import parse_snapshot
+from planner.replay import snapshot_file
+from planner.replay.recording import Outcome, replay
+from planner.replay.snapshot import parse_snapshot
 from planner.units import MIB
 
 Recorded = Callable[..., dict[str, Any]]

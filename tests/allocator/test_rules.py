@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from planner.allocator import CachingAllocator
-from planner.allocator_settings import Settings, parse_settings
+from planner.allocator import CachingAllocator, Settings, parse_settings
 from planner.errors import OutOfMemory
 from planner.units import GIB, KIB, MIB
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from planner.allocator_settings import Settings, parse_settings
+from planner.allocator import Settings, parse_settings
 from planner.errors import InputError
 from planner.units import MIB
 

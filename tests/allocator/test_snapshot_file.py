@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from planner import snapshot_file
 from planner.cli import main
 from planner.errors import InputError
-from planner.snapshot import parse_snapshot, read_snapshot
+from planner.replay import snapshot_file
+from planner.replay.snapshot import parse_snapshot, read_snapshot
 from planner.units import MIB
 
 Recorded = Callable[..., dict[str, Any]]

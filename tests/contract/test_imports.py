@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import resource
 import subprocess
 import sys
@@ -101,6 +102,21 @@ def test_the_planner_and_the_profiles_import_nothing_of_the_executor_or_torch() 
         for file in sorted((ROOT / folder).rglob("*.py")):
             tops = {name.split(".")[0] for name in imported(file.read_text())}
             assert not tops & {"executor", "torch", "transformers"}, file
+
+
+def installed(pyproject: str) -> set[str]:
+    """The packages that an installation holds."""
+    setuptools = pyproject.split("[tool.setuptools]\n")[1].split("\n[")[0]
+    (names,) = re.findall(r"^packages = (\[.*?\])$", setuptools, re.M | re.S)
+    return set(ast.literal_eval(names))
+
+
+def test_every_folder_with_code_is_installed() -> None:
+    files = [
+        file for top in ("planner", "executor", "profiles") for file in (ROOT / top).rglob("*.py")
+    ]
+    folders = {".".join(file.parent.relative_to(ROOT).parts) for file in files}
+    assert installed((ROOT / "pyproject.toml").read_text()) == folders
 
 
 def test_both_packages_import_nothing_by_themselves() -> None:

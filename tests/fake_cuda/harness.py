@@ -31,8 +31,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-from planner.allocator import CachingAllocator
-from planner.allocator_settings import parse_settings
+from planner.allocator import CachingAllocator, parse_settings
 from planner.errors import OutOfMemory
 from planner.simulate import card_bytes
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import bisect
 
-from planner.expandable import grow, unmap_pages, whole_pages
-from planner.outcome import FreeRun
-from planner.rollback import RANGE_BYTES
-from planner.snapshot import Event
-from planner.trace_run import MADE_UP_ADDRESS, TraceRun
+from planner.allocator.expandable import grow, unmap_pages, whole_pages
+from planner.replay.outcome import FreeRun
+from planner.replay.rollback import RANGE_BYTES
+from planner.replay.snapshot import Event
+from planner.replay.trace_run import MADE_UP_ADDRESS, TraceRun
 
 
 class FreeRunning(TraceRun):

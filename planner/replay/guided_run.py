@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import bisect
 
-from planner.expandable import Pages, grow, map_pages, reserve, unmap_pages, whole_pages
-from planner.heap import DEFAULT_POOL, Block, Pool, PoolId
-from planner.outcome import Outcome
-from planner.rollback import RANGE_BYTES
-from planner.snapshot import Event
-from planner.trace_run import TraceRun
+from planner.allocator.expandable import Pages, grow, map_pages, reserve, unmap_pages, whole_pages
+from planner.allocator.heap import DEFAULT_POOL, Block, Pool, PoolId
+from planner.replay.outcome import Outcome
+from planner.replay.rollback import RANGE_BYTES
+from planner.replay.snapshot import Event
+from planner.replay.trace_run import TraceRun
 
 
 class GuidedRun(TraceRun):

@@ -12,15 +12,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from planner import snapshot_file
-from planner.allocator_settings import (
+from planner.allocator.heap import DEFAULT_POOL, PoolId
+from planner.allocator.settings import (
     ROUNDUP_INTERVALS,
     UNLIMITED,
     Settings,
     parse_settings,
 )
 from planner.errors import InputError
-from planner.heap import DEFAULT_POOL, PoolId
+from planner.replay import snapshot_file
 
 State = Literal["allocated", "waiting", "free"]
 Action = Literal[

@@ -14,8 +14,8 @@ from planner.units import format_gib, format_mib
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from planner.recording import Outcome, Replay
-    from planner.snapshot import DeviceRecord, Snapshot
+    from planner.replay.recording import Outcome, Replay
+    from planner.replay.snapshot import DeviceRecord, Snapshot
 
 COLUMNS = 80
 
@@ -30,8 +30,8 @@ exit codes: 0 replayed or summarised, 2 usage or not a snapshot
 
 def main(arguments: list[str]) -> int:
     """The exit code of one `plan replay`; raises the errors that `plan` prints."""
-    from planner.recording import replay
-    from planner.snapshot import read_snapshot
+    from planner.replay.recording import replay
+    from planner.replay.snapshot import read_snapshot
 
     parser = Parser(
         prog="plan replay",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from planner.allocator_settings import SMALL_BYTES, Settings
-from planner.heap import DEFAULT_POOL, Heap, PoolId
-from planner.outcome import Outcome
-from planner.rollback import UNKNOWN, Start
-from planner.snapshot import DeviceRecord, Event
+from planner.allocator.heap import DEFAULT_POOL, Heap, PoolId
+from planner.allocator.settings import SMALL_BYTES, Settings
+from planner.replay.outcome import Outcome
+from planner.replay.rollback import UNKNOWN, Start
+from planner.replay.snapshot import DeviceRecord, Event
 
 MADE_UP_ADDRESS = 1 << 65  # above what any driver gives
 

@@ -11,13 +11,13 @@ import bisect
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from planner.allocator_settings import (
+from planner.allocator.settings import (
     MIN_BLOCK_BYTES,
     SMALL_BYTES,
     UNLIMITED,
     Settings,
 )
-from planner.allocator_stats import Stat, Statistics
+from planner.allocator.stats import Stat, Statistics
 
 PoolId = tuple[int, int]
 DEFAULT_POOL: PoolId = (0, 0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from planner.allocator_settings import ROUNDUP_INTERVALS, UNLIMITED, Settings
-from planner.heap import Block, Heap
+from planner.allocator.heap import Block, Heap
+from planner.allocator.settings import ROUNDUP_INTERVALS, UNLIMITED, Settings
 
 Stack = tuple[str, ...]  # names of frames, the innermost first
 

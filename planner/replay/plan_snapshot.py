@@ -9,13 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from planner import snapshot_file
-from planner.allocator import CachingAllocator
-from planner.allocator_settings import parse_settings
+from planner.allocator import Block, CachingAllocator, parse_settings
 from planner.errors import InputError
-from planner.heap import Block
-from planner.heap_snapshot import Stack, heap_snapshot
 from planner.plan import Outside, Plan
+from planner.replay import snapshot_file
+from planner.replay.heap_snapshot import Stack, heap_snapshot
 from planner.workspace import peak_bytes
 
 

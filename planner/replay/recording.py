@@ -11,12 +11,12 @@ A second run takes no truth: addresses of new segments are made up and every blo
 
 from __future__ import annotations
 
-from planner.free_run import FreeRunning
-from planner.guided_run import GuidedRun
-from planner.heap import DEFAULT_POOL
-from planner.outcome import Outcome, Replay
-from planner.rollback import roll_back
-from planner.snapshot import DeviceRecord, Snapshot
+from planner.allocator.heap import DEFAULT_POOL
+from planner.replay.free_run import FreeRunning
+from planner.replay.guided_run import GuidedRun
+from planner.replay.outcome import Outcome, Replay
+from planner.replay.rollback import roll_back
+from planner.replay.snapshot import DeviceRecord, Snapshot
 
 __all__ = ["Outcome", "Replay", "replay"]
 

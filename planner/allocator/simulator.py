@@ -1,7 +1,7 @@
 """torch's CUDA caching allocator on one device: what a sequence of requests makes it reserve.
 
 `CachingAllocator` decides when memory is asked of the driver and when it goes back: growth, limit, garbage
-collection, release and retry, streams and their events, private pools. Where blocks lie is `planner.heap`'s part.
+collection, release and retry, streams and their events, private pools. Where blocks lie is `planner.allocator.heap`'s part.
 Source: c10/cuda/CUDACachingAllocator.cpp (malloc, alloc_block, release_cached_blocks, garbage_collect_cached_blocks,
 process_events, beginAllocateToPool), which has not changed in effect from torch 2.3 to 2.13.
 """
@@ -12,11 +12,11 @@ import bisect
 from collections import deque
 from dataclasses import dataclass
 
-from planner.allocator_settings import MIN_BLOCK_BYTES, UNLIMITED, Settings
-from planner.allocator_stats import Statistics
+from planner.allocator.expandable import grow, unmap_pages, whole_pages
+from planner.allocator.heap import DEFAULT_POOL, OUTSIDE, Block, Heap, Pool, PoolId
+from planner.allocator.settings import MIN_BLOCK_BYTES, UNLIMITED, Settings
+from planner.allocator.stats import Statistics
 from planner.errors import OutOfMemory
-from planner.expandable import grow, unmap_pages, whole_pages
-from planner.heap import DEFAULT_POOL, OUTSIDE, Block, Heap, Pool, PoolId
 from planner.units import GIB, MIB, format_mib
 
 FIRST_ADDRESS = 0x7F0000000000

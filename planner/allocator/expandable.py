@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from planner.heap import Block, Heap, Pool, Reservation
+from planner.allocator.heap import Block, Heap, Pool, Reservation
 
 
 class Pages(NamedTuple):

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
-from planner.allocator_settings import MIN_BLOCK_BYTES, SMALL_BYTES, SMALL_SEGMENT_BYTES, Settings
-from planner.heap import DEFAULT_POOL, Heap, Piece, PoolId, Reservation
-from planner.snapshot import DeviceRecord, Event
+from planner.allocator.heap import DEFAULT_POOL, Heap, Piece, PoolId, Reservation
+from planner.allocator.settings import MIN_BLOCK_BYTES, SMALL_BYTES, SMALL_SEGMENT_BYTES, Settings
+from planner.replay.snapshot import DeviceRecord, Event
 from planner.units import GIB
 
 UNKNOWN = 1 << 64  # first part of made-up ids of pools that nobody recorded
