@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pytest
 from PIL import Image as Pillow
 
 import planner.cli
-from executor import cpu, memory
+from executor import cpu, memory, threads
 from executor.cpu import CpuDevice
 from executor.record import Record
 from executor.run import run
@@ -55,6 +57,49 @@ def test_a_thread_that_the_system_refuses_is_out_of_memory(
         assert "a thread was refused" in str(failure)
 
 
+@pytest.fixture
+def in_time() -> Iterator[None]:
+    """A wait without end becomes a failure."""
+
+    def late(*_: object) -> None:
+        raise AssertionError("it waits for ever")
+
+    if not hasattr(signal, "SIGALRM"):
+        pytest.skip("nothing would end the wait")
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("in_time")
+def test_a_thread_that_ends_before_it_begins_is_out_of_memory(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a thread does that finds no memory for its first call; Python's own `start` would wait for ever."""
+    monkeypatch.setattr(threading.Thread, "_bootstrap", lambda self: None)
+    monkeypatch.setattr(threads, "TURNS", 2)
+    failure = lab.fails(lab.streamed, lab.request())
+    assert isinstance(failure, OutOfMemory)
+    assert "a thread was refused: it got no memory to begin with" in str(failure)
+
+
+@pytest.mark.usefixtures("in_time")
+def test_a_thread_that_begins_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, begun = threading.Thread._bootstrap, []  # type: ignore[attr-defined]
+
+    def late(self: threading.Thread) -> None:
+        time.sleep(3 * threads.TURN_S)
+        begin(self)
+
+    monkeypatch.setattr(threading.Thread, "_bootstrap", late)
+    thread = threading.Thread(target=lambda: begun.append(True))
+    threads.start_thread(thread, "a late one")
+    thread.join()
+    assert begun == [True]
+
+
 @pytest.mark.parametrize("where", ["make_runs", "prime", "open_images", "seen_mask"])
 def test_memory_refused_anywhere_else_is_out_of_memory(
     lab: Any, monkeypatch: pytest.MonkeyPatch, where: str
@@ -88,7 +133,9 @@ LIMITED = """
 import io, json, resource, sys
 from contextlib import redirect_stderr, redirect_stdout
 import executor.cli
+from executor import threads
 from executor.memory import data_bytes, malloc_trim
+threads.TURNS = 10
 arguments, rooms = json.loads(sys.argv[1])
 hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
 for room in rooms:
@@ -131,18 +178,20 @@ def check_limited(found: list[tuple[int, str]]) -> None:
             assert err == ""
             continue
         assert code == 1, err
+        # what Python itself says of a thread that got no memory to begin with
+        if err.startswith("Exception ignored in thread started by") and "error: " in err:
+            err = err[err.index("error: ") :]
+            assert "a thread was refused" in err
         assert err.startswith("error: "), err
         assert len(err.splitlines()) == 1
         assert "refused" in err
 
 
 @pytest.mark.skipif(memory.data_bytes() is None, reason="nobody tells what is mapped")
-@pytest.mark.full
 def test_a_limit_of_the_system_is_out_of_memory_wherever_it_strikes(lab: Any) -> None:
     check_limited(limited(lab, [None, 64 * MIB, *(n * 2**18 for n in (0, 4, 8, 24))]))
 
 
-@pytest.mark.full
 @pytest.mark.skipif(memory.data_bytes() is None, reason="nobody tells what is mapped")
 @pytest.mark.full
 def test_a_limit_of_the_system_strikes_at_every_quarter_of_a_mebibyte(lab: Any) -> None:
