@@ -238,7 +238,7 @@ def _rates(bench: Bench, folder: Path | None, size_bytes: int) -> Rates:
         if bench.device.type == "cuda":
             host = torch.empty(size_bytes, dtype=torch.uint8)
         disk = _cold(file.fileno(), host)
-        page_cache = _typical(lambda: _read(file.fileno(), host), size_bytes, 7)
+        page_cache = _best(lambda: _read(file.fileno(), host), size_bytes, 5)
         to_device = page_cache
         stolen = _stolen_share(bench, file.fileno(), host, page_cache)
         if bench.device.type == "cuda":
@@ -261,21 +261,12 @@ def _read(handle: int, target: Tensor) -> None:
 
 def _best(call: Callable[[], object], size_bytes: int, repeats: int) -> int:
     """Units per second, the best of some repeats."""
-    return max(1, round(size_bytes / min(_laps(call, repeats))))
-
-
-def _typical(call: Callable[[], object], size_bytes: int, repeats: int) -> int:
-    """Units per second, the median of some repeats after one that does not count."""
-    return max(1, round(size_bytes / statistics.median(_laps(call, repeats + 1)[1:])))
-
-
-def _laps(call: Callable[[], object], repeats: int) -> list[float]:
     found = []
     for _ in range(repeats):
         start = time.perf_counter()
         call()
         found.append(time.perf_counter() - start)
-    return found
+    return max(1, round(size_bytes / min(found)))
 
 
 def _cold(handle: int, target: Tensor) -> int | None:
