@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from planner.arguments import Parser
+from planner.files import reaching_stdout
 from planner.profile import FIGURES, DeviceProfile, list_profiles, load_profile
 from planner.units import GIB
 
@@ -26,17 +27,19 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.name is not None:
         profile = load_profile(options.name)
-        if options.json:
-            sys.stdout.write(json.dumps(profile.model_dump(mode="json"), indent=1) + "\n")
-        else:
-            _print_one(profile)
+        with reaching_stdout():
+            if options.json:
+                sys.stdout.write(json.dumps(profile.model_dump(mode="json"), indent=1) + "\n")
+            else:
+                _print_one(profile)
         return 0
     profiles = [load_profile(known) for known in list_profiles()]
     profiles.sort(key=lambda p: (p.kind, p.memory_total_bytes, p.id))
-    if options.json:
-        sys.stdout.write(json.dumps([_row(profile) for profile in profiles], indent=1) + "\n")
-    else:
-        _print_all(profiles)
+    with reaching_stdout():
+        if options.json:
+            sys.stdout.write(json.dumps([_row(profile) for profile in profiles], indent=1) + "\n")
+        else:
+            _print_all(profiles)
     return 0
 
 

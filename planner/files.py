@@ -1,10 +1,13 @@
-"""Files written whole or not at all, and a look beforehand at whether they can be."""
+"""Files written whole or not at all, a look beforehand at whether they can be, and a stdout that takes nothing more."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from planner.errors import InputError, RunFailed
@@ -35,6 +38,20 @@ def write_bytes(path: Path, data: bytes) -> None:
     except BaseException:
         _drop(temporary)
         raise
+
+
+@contextmanager
+def reaching_stdout() -> Iterator[None]:
+    """What is written inside has reached stdout at its end; RunFailed says why not."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # what is left over would make Python complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise RunFailed(f"stdout: cannot be written: {error.strerror}") from None
 
 
 def check_target(option: str, path: Path) -> None:

@@ -6,7 +6,6 @@ import argparse
 import csv
 import io
 import math
-import os
 import re
 import sys
 import time
@@ -14,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from planner.arguments import Parser
-from planner.errors import DoesNotFit, InputError, RunFailed
+from planner.errors import DoesNotFit, InputError
+from planner.files import reaching_stdout
 from planner.layout import SECONDS, Packing, Span, pack
 from planner.units import MOST_BYTES, parse_bytes
 
@@ -144,17 +144,10 @@ def _write(
     writer.writerow([*header, "offset"])
     for row, span in zip(rows, spans, strict=True):
         writer.writerow([*row, found.offsets[span.id]])
-    try:
+    with reaching_stdout():
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(encoding="utf-8")  # as the file that was read
         sys.stdout.write(table.getvalue())
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        # what is left over would make Python complain once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise RunFailed(f"stdout: cannot be written: {error.strerror}") from None
 
 
 def _parser() -> Parser:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planner.arguments import Parser
+from planner.files import reaching_stdout
 from planner.units import format_gib, format_mib
 
 if TYPE_CHECKING:
@@ -43,9 +44,15 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     snapshot = read_snapshot(options.file)
     result = replay(snapshot)
-    if options.json:
+    with reaching_stdout():
+        _print(result, snapshot, as_json=options.json)
+    return 0
+
+
+def _print(result: Replay, snapshot: Snapshot, *, as_json: bool) -> None:
+    if as_json:
         sys.stdout.write(json.dumps(as_dict(result, snapshot)) + "\n")
-        return 0
+        return
     from rich.console import Console
 
     if hasattr(sys.stdout, "reconfigure"):
@@ -53,7 +60,6 @@ def main(arguments: list[str]) -> int:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else COLUMNS)
     for part in render(result, snapshot):
         console.print(part)
-    return 0
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------------

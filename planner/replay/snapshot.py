@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from planner.allocator.heap import DEFAULT_POOL, PoolId
 from planner.allocator.settings import (
@@ -34,18 +34,7 @@ Action = Literal[
     "oom",
     "snapshot",
 ]
-ACTIONS: tuple[Action, ...] = (
-    "alloc",
-    "free_requested",
-    "free_completed",
-    "segment_alloc",
-    "segment_free",
-    "segment_map",
-    "segment_unmap",
-    "oom",
-    "snapshot",
-)
-_ACTIONS = frozenset(ACTIONS)
+_ACTIONS: frozenset[Action] = frozenset(get_args(Action))
 _STATES: dict[str, State] = {
     "active_allocated": "allocated",
     "active_pending_free": "waiting",

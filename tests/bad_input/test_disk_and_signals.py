@@ -81,6 +81,30 @@ def test_a_report_that_cannot_be_printed_is_a_failed_run(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize(
+    "words",
+    [
+        "devices",
+        "devices --json",
+        "devices cpu",
+        "replay {snapshot}",
+        "replay --json {snapshot}",
+        "pack {table} --capacity 8",
+    ],
+)
+def test_a_commands_output_that_cannot_be_printed_is_a_failed_run(
+    words: str, tmp_path: Path, start: Start
+) -> None:
+    table, snapshot = tmp_path / "table.csv", tmp_path / "snapshot.json"
+    table.write_text("id,lower,upper,size\na,0,1,8\n")
+    snapshot.write_text('{"segments": [], "device_traces": []}')
+    filled = words.format(table=table, snapshot=snapshot).split()
+    with open("/dev/full", "w") as full:
+        process = start("planner.cli", filled, stdout=full)
+        failed(process, "stdout: cannot be written: No space left on device")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_an_answer_that_cannot_be_printed_is_a_failed_run(kit: Any, start: Start) -> None:
     record = kit.folder / "record.json"
     with open("/dev/full", "w") as full:
