@@ -69,6 +69,10 @@ class CudaDevice(Queued):
         torch.cuda.set_device(self.torch_device)
         super().__init__(CudaStreams(self.torch_device))
         torch.cuda.synchronize(self.torch_device)  # the context exists from here on
+        # torch allows it by default: partial sums of float16 products would be float16, and could leave its range
+        products = torch.backends.cuda.matmul
+        self._reduced_before = products.allow_fp16_reduced_precision_reduction
+        products.allow_fp16_reduced_precision_reduction = False
         self._peak_held = 0
 
     def _free_at_first(self) -> int | None:
@@ -220,6 +224,8 @@ class CudaDevice(Queued):
             if clear is not None:
                 clear()
             torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
+        products = torch.backends.cuda.matmul
+        products.allow_fp16_reduced_precision_reduction = self._reduced_before
         self.drop_ring()
         self._arena = None
         try:

@@ -5,7 +5,7 @@ Scratch comes from the step's views, never from the allocator; rows beyond what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -14,6 +14,9 @@ from torch import Tensor
 from planner.plan import Kernel
 
 Tile = TypeVar("Tile")
+
+# 2^6 is the most that a value going into a float16 down_proj may be (`add_gated`)
+GATED_EXPONENT = 6
 
 
 def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, scratch: Tensor, eps: float) -> Tensor:
@@ -51,6 +54,79 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> Te
     else:
         torch.addmm(bias, x, weight.t(), out=out)
     return out
+
+
+def add_rows(x: Tensor, part: Tensor, *, scratch: Tensor) -> None:
+    """x += part, both (R, D). Where `part` is narrower than x it is widened in scratch (n, D) float32, n rows at once."""
+    if x.dtype == part.dtype:
+        x.add_(part)
+        return
+    for rows, wide in _widened(part, scratch):
+        x[rows].add_(wide)
+
+
+def add_gated(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    out: Tensor,
+    scratch: Tensor,
+) -> None:
+    """x += silu(gate) * up through down_proj. x, out (R, D); gate, up (R, F), used up; scratch (n, D) float32, D > 2.
+
+    Where x is wider than the rest, that is in float16, neither the product nor what down_proj makes of it may leave
+    float16's range, though both do in these models. A row whose factors are up to g and u has products up to g u. It is
+    scaled by a power of two, half of it in each factor, so that its products are at most 2^6, and what comes out of
+    down_proj is scaled back in float32. So no output overflows while the absolute values of a row of `weight` add up to
+    less than 65504 / 2^6, and rows that are small anyway (g u <= 2^6) are not touched. Small values of a scaled row lose
+    bits below 2^-20 of its bound g u.
+    """
+    torch.ops.aten.silu_(gate)
+    if x.dtype == out.dtype:
+        gate.mul_(up)
+        x.add_(linear(gate, weight, bias, out=out))
+        return
+    step = scratch.shape[0]
+    backs = []
+    for start in range(0, gate.shape[0], step):
+        backs.append(_scaled_product(gate[start : start + step], up[start : start + step], scratch))
+    linear(gate, weight, None, out=out)
+    for (rows, wide), back in zip(_widened(out, scratch), backs, strict=True):
+        x[rows].add_(wide.mul_(back))
+        if bias is not None:
+            x[rows].add_(wide.copy_(bias))
+
+
+def _scaled_product(gate: Tensor, up: Tensor, scratch: Tensor) -> Tensor:
+    """gate *= up, each row with a power of two; what takes it back, (n, 1) float32, lies in the memory of `up`."""
+    rows, flat = gate.shape[0], scratch.view(-1)
+    factor, other = flat[:rows].view(-1, 1), flat[rows : 2 * rows].view(-1, 1)
+    halves = flat[2 * rows : 3 * rows].view(gate.dtype)
+    for values, half, wide in ((gate, halves[:rows], factor), (up, halves[rows:], other)):
+        largest = half.view(-1, 1)
+        torch.linalg.vector_norm(values, ord=torch.inf, dim=-1, keepdim=True, out=largest)
+        wide.copy_(largest)
+    factor.mul_(other).log2_().sub_(GATED_EXPONENT).div_(2).ceil_().clamp_(min=0).neg_().exp2_()
+    narrow = halves[:rows].view(-1, 1)
+    narrow.copy_(factor)
+    gate.mul_(narrow)
+    up.mul_(narrow)
+    gate.mul_(up)
+    back = up.view(-1)[: 2 * rows].view(torch.float32).view(-1, 1)
+    back.copy_(narrow)  # not `factor`: exp2 may be off by a last bit, which float16 does not have
+    return back.square_().reciprocal_()
+
+
+def _widened(part: Tensor, scratch: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of `part`, as many at once as scratch has, each time as float32 in it."""
+    for start in range(0, part.shape[0], scratch.shape[0]):
+        rows = slice(start, min(start + scratch.shape[0], part.shape[0]))
+        wide = scratch[: rows.stop - start]
+        wide.copy_(part[rows])
+        yield rows, wide
 
 
 def rotate_float32(x: Tensor, cos: Tensor, sin: Tensor, *, scratch: Tensor) -> None:

@@ -28,8 +28,15 @@ from executor.rounds import Round
 from executor.text import TextRun, text_frequencies
 from executor.vision import VisionRun, vision_frequencies
 from executor.weights import EmbeddingRows, pieces
-from planner.errors import DoesNotFit, InputError, LessIsFree, OutOfMemory, PlanFileError
-from planner.plan import Image, Kernel, Phase, Plan, Step, TensorLocation
+from planner.errors import (
+    CheckpointError,
+    DoesNotFit,
+    InputError,
+    LessIsFree,
+    OutOfMemory,
+    PlanFileError,
+)
+from planner.plan import Image, Kernel, Phase, Plan, Step, TensorLocation, Unit
 from planner.units import MIB, format_gb_up, format_gib
 
 STEPS: dict[str, Callable[..., None]] = {
@@ -144,7 +151,19 @@ def check_request(plan: Plan, request: Request) -> None:
     units = {unit.id: unit for unit in plan.units}
     for copy in plan.copies:
         pieces(units[copy.unit], buffers[copy.buffer], request.locations)
+        _check_dtypes(plan, units[copy.unit], request.locations)
     check_images(plan, request)
+
+
+def _check_dtypes(plan: Plan, unit: Unit, locations: Mapping[str, TensorLocation]) -> None:
+    wanted = plan.model.stored_dtype
+    for tensor in unit.tensors:
+        found = locations[tensor.name].dtype
+        if found != wanted:
+            raise CheckpointError(
+                f"{tensor.name}: the plan wants it stored in {wanted}, the checkpoint has it in {found}; "
+                "plan for this checkpoint"
+            )
 
 
 def check_images(plan: Plan, request: Request) -> None:

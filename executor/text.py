@@ -14,6 +14,8 @@ from torch import Tensor
 
 from executor.attention import attend_rows, merge
 from executor.ops import (
+    add_gated,
+    add_rows,
     first_of_each,
     inverse_frequencies,
     linear,
@@ -104,7 +106,9 @@ def _attention_tile(run: TextRun, start: int, stop: int, w: Weights, v: Views) -
     rotate(q, cos, sin, scratch=v["rope"])
     rotate(keys, cos, sin, scratch=v["rope"])
     _attend(run, past, q, v)
-    x.add_(linear(v["q"][:rows], w["self_attn.o_proj.weight"], None, out=y))
+    add_rows(
+        x, linear(v["q"][:rows], w["self_attn.o_proj.weight"], None, out=y), scratch=v["norm32"]
+    )
 
 
 def _project(y: Tensor, w: Weights, name: str, out: Tensor) -> Tensor:
@@ -156,9 +160,8 @@ def text_mlp(run: TextRun, step: Step, w: Weights, v: Views) -> None:
         y = rms_norm(x, w["post_attention_layernorm.weight"], v["y"], scratch=v["norm32"], eps=eps)
         gate = linear(y, w["mlp.gate_proj.weight"], None, out=v["gate"][:rows])
         up = linear(y, w["mlp.up_proj.weight"], None, out=v["up"][:rows])
-        torch.ops.aten.silu_(gate)
-        gate.mul_(up)
-        x.add_(linear(gate, w["mlp.down_proj.weight"], None, out=y))
+        down = w["mlp.down_proj.weight"]
+        add_gated(x, gate, up, down, None, out=y, scratch=v["norm32"])
 
 
 def norm(run: TextRun, step: Step, w: Weights, v: Views) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from executor.attention import attend
 from executor.ops import (
+    add_gated,
+    add_rows,
     first_of_each,
     inverse_frequencies,
     linear,
@@ -93,7 +95,11 @@ def patch_embed(run: VisionRun, step: Step, w: Weights, v: Views) -> None:
         for start, stop in _spans(run, part.image.patches, run.tiles.patch_rows):
             pixels = v["pixels"][: stop - start]
             run.pixels[part.number].rows(start, stop, pixels)
-            linear(pixels, weight, None, out=part.x[start:stop])
+            x = part.x[start:stop]
+            y = x if x.dtype == pixels.dtype else v["y"][: stop - start]
+            linear(pixels, weight, None, out=y)
+            if y is not x:
+                x.copy_(y)
 
 
 def window_attn(run: VisionRun, step: Step, w: Weights, v: Views) -> None:
@@ -134,7 +140,7 @@ def _window_tile(run: VisionRun, part: _Part, tile: WindowTile, w: Weights, v: V
             first = last
     projected = v["qkv"].view(-1)[: rows * width].view(rows, width)
     linear(y, w["attn.proj.weight"], w["attn.proj.bias"], out=projected)
-    x.add_(projected)
+    add_rows(x, projected, scratch=v["norm32"])
 
 
 def full_attn(run: VisionRun, step: Step, w: Weights, v: Views) -> None:
@@ -187,7 +193,7 @@ def _query_tile(run: VisionRun, part: _Part, start: int, stop: int, w: Weights, 
         y.view(rows, heads, size)[:, low:high].copy_(out[0].transpose(0, 1))
         del out, _
     projected = linear(y, w["attn.proj.weight"], w["attn.proj.bias"], out=v["q"][:rows])
-    x.add_(projected)
+    add_rows(x, projected, scratch=v["norm32"])
 
 
 def vision_mlp(run: VisionRun, step: Step, w: Weights, v: Views) -> None:
@@ -198,9 +204,8 @@ def vision_mlp(run: VisionRun, step: Step, w: Weights, v: Views) -> None:
         y = rms_norm(x, w["norm2.weight"], v["y"], scratch=v["norm32"], eps=EPS)
         gate = linear(y, w["mlp.gate_proj.weight"], w["mlp.gate_proj.bias"], out=v["gate"][:rows])
         up = linear(y, w["mlp.up_proj.weight"], w["mlp.up_proj.bias"], out=v["up"][:rows])
-        torch.ops.aten.silu_(gate)
-        gate.mul_(up)
-        x.add_(linear(gate, w["mlp.down_proj.weight"], w["mlp.down_proj.bias"], out=y))
+        weight, bias = w["mlp.down_proj.weight"], w["mlp.down_proj.bias"]
+        add_gated(x, gate, up, weight, bias, out=y, scratch=v["norm32"])
 
 
 def merger(run: VisionRun, step: Step, w: Weights, v: Views) -> None:
@@ -221,7 +226,19 @@ def merger(run: VisionRun, step: Step, w: Weights, v: Views) -> None:
             hidden = linear(wide, w["mlp.0.weight"], w["mlp.0.bias"], out=v["hidden"][:rows])
             torch.ops.aten.gelu_(hidden)  # exact: by erf
             merged = linear(hidden, w["mlp.2.weight"], w["mlp.2.bias"], out=v["merged"][:rows])
-            tokens.index_copy_(0, run.unit_order[part.number][start:stop], merged)
+            order = run.unit_order[part.number][start:stop]
+            _put(tokens, order, merged, v)
+
+
+def _put(tokens: Tensor, order: Tensor, merged: Tensor, v: Views) -> None:
+    """Rows of `merged` into the rows of `tokens` that `order` names, which are of one dtype for that."""
+    if tokens.dtype == merged.dtype:
+        tokens.index_copy_(0, order, merged)
+        return
+    for start, stop in spans(merged.shape[0], v["merged32"].shape[0]):
+        wide = v["merged32"][: stop - start]
+        wide.copy_(merged[start:stop])
+        tokens.index_copy_(0, order[start:stop], wide)
 
 
 def _parts(run: VisionRun, step: Step, x: Tensor) -> Iterator[_Part]:

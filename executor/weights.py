@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from executor.arena import TORCH_DTYPES
+from executor.convert import weight_files
 from executor.device import Chunk, Device, Files, Mark
 from executor.host_tier import HostTier
 from executor.threads import start_thread
@@ -147,7 +149,7 @@ class Reader(AbstractContextManager["Reader"]):
         before = [step.id for step in plan.steps if step.phase != "decode"]
         self._last_before_decode = before[-1] if before else None
         self._iterations = decode_iterations
-        self._files = Files()
+        self._files = weight_files(plan.model, locations)
         self._changed = threading.Condition()
         self._steps: Counter[str] = Counter()
         self._copies: Counter[str] = Counter()
@@ -334,19 +336,21 @@ class EmbeddingRows:
                 f"{self.NAME}: wanted shape {list(shape)}, the checkpoint has {list(location.shape)}; plan for this checkpoint"
             )
         self._location = location
+        self._dtype = TORCH_DTYPES[location.dtype]
         self._row_bytes = location.size_bytes // shape[0]
         self._rows = shape[0]
         self._files = Files()
 
     def __call__(self, ids: Sequence[int] | Tensor, out: Tensor) -> None:
-        """Row `ids[i]` of the table into row i of `out` (n, E), contiguous rows of the model's dtype."""
+        """Row `ids[i]` of the table into row i of `out` (n, E), contiguous rows of the file's dtype or a wider one."""
         wanted = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         assert len(wanted) == out.shape[0], (len(wanted), out.shape)
         for start in range(0, len(wanted), self.BATCH_ROWS):
             batch = wanted[start : start + self.BATCH_ROWS]
             rows = out[start : start + len(batch)]
-            direct = rows.device.type == "cpu" and rows.is_contiguous()
-            target = rows if direct else torch.empty(rows.shape, dtype=rows.dtype)
+            on_cpu, same = rows.device.type == "cpu", rows.dtype == self._dtype
+            direct = on_cpu and same and rows.is_contiguous()
+            target = rows if direct else torch.empty(rows.shape, dtype=self._dtype)
             view = target.view(-1).view(torch.uint8).numpy().data
             for index, row in enumerate(batch):
                 assert 0 <= row < self._rows, f"token id {row} of {self._rows}"
@@ -357,7 +361,8 @@ class EmbeddingRows:
                     [view[at : at + self._row_bytes]],
                 )
             if not direct:
-                rows.copy_(target)
+                # converted here, as a move between host and card that converts takes memory there
+                rows.copy_(target if on_cpu or same else target.to(rows.dtype))
 
     def close(self) -> None:
         self._files.close()

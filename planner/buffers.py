@@ -65,7 +65,10 @@ def vision_scratch(
     largest = max(image.patches for image in images)
     if kind == "patch_embed":
         rows = min(tiles.patch_rows, largest)
-        return pack_views([("pixels", dtype, (rows, vision.patch_values))])
+        parts = [("pixels", dtype, (rows, vision.patch_values))]
+        if model.residual_dtype != dtype:
+            parts.append(("y", dtype, (rows, width)))
+        return pack_views(parts)
     if kind == "window_attn":
         rows = window_tile_rows(tiles.window_rows, images)
         rope = min(ROPE_ROWS, rows)
@@ -106,14 +109,15 @@ def vision_scratch(
     if kind == "merger":
         rows = min(tiles.merger_rows, max(image.tokens for image in images))
         unit = vision.merge**2
-        return pack_views(
-            [
-                ("y", dtype, (unit * rows, width)),
-                ("hidden", dtype, (rows, unit * width)),
-                ("merged", dtype, (rows, vision.out_hidden)),
-                ("norm32", "float32", (min(NORM_ROWS, unit * rows), width)),
-            ]
-        )
+        parts = [
+            ("y", dtype, (unit * rows, width)),
+            ("hidden", dtype, (rows, unit * width)),
+            ("merged", dtype, (rows, vision.out_hidden)),
+            ("norm32", "float32", (min(NORM_ROWS, unit * rows), width)),
+        ]
+        if model.residual_dtype != dtype:
+            parts.append(("merged32", "float32", (min(NORM_ROWS, rows), vision.out_hidden)))
+        return pack_views(parts)
     raise AssertionError(kind)
 
 
@@ -148,7 +152,7 @@ def text_scratch(kind: Kind, model: ModelShape, tile_rows: int, rows: int) -> La
 
 def residual(model: ModelShape, rows: int, width: int) -> Layouted:
     """The residual stream `x` (rows, width)."""
-    return pack_views([("x", model.dtype, (rows, width))])
+    return pack_views([("x", model.residual_dtype, (rows, width))])
 
 
 def kv_cache(model: ModelShape, capacity: int) -> Layouted:

@@ -136,6 +136,11 @@ def _parser() -> argparse.ArgumentParser:
         help="a device profile's name (plan devices lists them), cpu, auto: the card in this machine, or a profile's .json file (default: rtx-5080-16gb)",
     )
     add(
+        "--dtype",
+        choices=("auto", "bfloat16", "float16"),
+        help="run a bfloat16 checkpoint in it, or in float16 with residual streams in float32 (default: auto: as it is stored, in float16 on a card without bfloat16)",
+    )
+    add(
         "--ram",
         metavar="SIZE",
         help="host memory that may keep weights once they were read (default: as the profile says)",
@@ -169,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
 def _plan(options: argparse.Namespace) -> None:
     # imported here, so that --help and a mistyped option answer at once
     from planner import show
+    from planner.dtype import in_dtype
     from planner.search import Request, search
     from planner.spec import resolve_model
 
@@ -179,8 +185,7 @@ def _plan(options: argparse.Namespace) -> None:
             check_target(option, path)
     if options.sweep:
         show.check_sweep(options.out, options.snapshot)
-    checkpoint = resolve_model(options.model)
-    _check_dtype(checkpoint, device)
+    checkpoint = in_dtype(resolve_model(options.model), device, options.dtype or "auto")
     workload = _workload(options, checkpoint)
     if options.allocator is not None and device.kind == "cpu":
         raise InputError("--allocator: a card has one, the CPU has none; leave it out")
@@ -276,14 +281,6 @@ def _as_typed(error: BudgetTooSmall, request: Request) -> BudgetTooSmall:
     return BudgetTooSmall(text, smallest_bytes=error.smallest_bytes)
 
 
-def _check_dtype(checkpoint: Checkpoint, device: DeviceProfile) -> None:
-    if checkpoint.shape.dtype == "bfloat16" and not device.bf16:
-        raise InputError(
-            f"--device {device.id}: wanted a device with bfloat16, which {checkpoint.shape.name} is stored in; "
-            f"{device.name} has none: give --model a checkpoint saved in float16, or another --device"
-        )
-
-
 def _workload(options: argparse.Namespace, checkpoint: Checkpoint) -> Workload:
     from planner.workload import make_workload, parse_image
 
@@ -329,6 +326,7 @@ def _command(options: argparse.Namespace) -> str:
         ("--max-new-tokens", options.max_new_tokens),
         ("--context-tokens", options.context_tokens),
         ("--device", options.device),
+        ("--dtype", options.dtype),
         ("--ram", options.ram),
         ("--allocator", options.allocator),
     ]

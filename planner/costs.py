@@ -22,6 +22,11 @@ NORM_PASSES = 10
 ROPE_PASSES = 14
 RESIDUAL_PASSES = 6
 GATE_PASSES = 5
+# more of them where the residual stream is float32 beside 16-bit steps: a norm's wider rows; a sum's, by way of float32
+# scratch; bounds of both factors of a gated product, and their scaling; patches, by way of scratch
+WIDE_NORM_PASSES, WIDE_RESIDUAL_PASSES, WIDE_GATE_PASSES, WIDE_PATCH_PASSES = 1, 6, 6, 3
+# weights that the reader's thread converts, bfloat16 to float16 (one core, 2026-11)
+CONVERTED_BYTES_PER_S = 2.5e9
 # patch values that the host cuts out and normalises, where nobody measured: a third of what two cores of a server do
 PIXEL_VALUES_PER_S = 70e6
 
@@ -32,6 +37,13 @@ class Costs:
     def __init__(self, model: ModelShape, profile: DeviceProfile) -> None:
         self.model, self.profile = model, profile
         self.element = DTYPE_BYTES[model.dtype]
+        wide = model.residual_dtype != model.dtype
+        self.norm_passes = NORM_PASSES + wide * WIDE_NORM_PASSES
+        self.more_residual = wide * WIDE_RESIDUAL_PASSES
+        self.residual_passes = RESIDUAL_PASSES + self.more_residual
+        self.gate_passes = GATE_PASSES + wide * WIDE_GATE_PASSES
+        self.patch_passes = wide * WIDE_PATCH_PASSES
+        self.converts = model.stored_dtype != model.dtype
         self._matmul = lru_cache(maxsize=4096)(self._matmul_tile)
         sizes = unit_sizes(model, model.text.vocabulary)
         # on the CPU files stay in the page cache, also from one run to the next, where they fit in memory beside the arena
@@ -80,6 +92,9 @@ class Costs:
         rows = sum(image.patches for image in images)
         if kind == "patch_embed":
             seconds = self.matmul(rows, tiles.patch_rows, shape.patch_values, width)
+            if self.patch_passes:
+                pieces = sum(-(-image.patches // tiles.patch_rows) for image in images)
+                seconds += self.elementwise(rows * width, self.patch_passes, pieces)
             # the host cuts and normalises the pixels
             return seconds + rows * shape.patch_values / PIXEL_VALUES_PER_S
         if kind == "window_attn":
@@ -93,7 +108,7 @@ class Costs:
                     flops += sum(4 * width * count * run * run for count, run in piece.runs)
                     pieces += 1
             seconds += self.attention(flops, 64, pieces)
-            passes = NORM_PASSES + ROPE_PASSES + RESIDUAL_PASSES
+            passes = self.norm_passes + ROPE_PASSES + self.residual_passes
             return seconds + self.elementwise(rows * width, passes, pieces)
         if kind == "full_attn":
             tile = tiles.query_rows
@@ -103,7 +118,7 @@ class Costs:
             flops = sum(4 * width * image.patches**2 for image in images)
             calls = pieces * -(-shape.heads // tiles.query_heads)
             seconds += self.attention(flops, min(tile, rows), calls)
-            passes = 2 * NORM_PASSES + ROPE_PASSES + RESIDUAL_PASSES
+            passes = 2 * self.norm_passes + ROPE_PASSES + self.residual_passes
             return seconds + self.elementwise(rows * width, passes, pieces)
         if kind == "vision_mlp":
             return self._mlp(rows, tiles.vision_mlp_rows, width, shape.intermediate)
@@ -113,15 +128,17 @@ class Costs:
             seconds = self.matmul(tokens, tile, wide, wide)
             seconds += self.matmul(tokens, tile, wide, shape.out_hidden)
             return seconds + self.elementwise(
-                rows * width, NORM_PASSES + RESIDUAL_PASSES, -(-tokens // tile)
+                rows * width, self.norm_passes + self.residual_passes, -(-tokens // tile)
             )
         raise AssertionError(kind)
 
     def _mlp(self, rows: int, tile: int, width: int, inner: int) -> float:
         seconds = 2 * self.matmul(rows, tile, width, inner) + self.matmul(rows, tile, inner, width)
         pieces = -(-rows // tile)
-        seconds += self.elementwise(rows * width, NORM_PASSES + RESIDUAL_PASSES // 2, pieces)
-        return seconds + self.elementwise(rows * inner, GATE_PASSES, pieces)
+        seconds += self.elementwise(
+            rows * width, self.norm_passes + RESIDUAL_PASSES // 2 + self.more_residual, pieces
+        )
+        return seconds + self.elementwise(rows * inner, self.gate_passes, pieces)
 
     def text(
         self, kind: Kind, tile: int, rows: int, context: int, groups_per_call: int | None = None
@@ -144,7 +161,7 @@ class Costs:
             else:
                 flops = sum(4 * heads * (stop - start) * stop for start, stop in spans(rows, tile))
                 seconds += self.attention(flops, min(tile, rows), 2 * -(-rows // tile))
-            passes = NORM_PASSES + ROPE_PASSES + RESIDUAL_PASSES
+            passes = self.norm_passes + ROPE_PASSES + self.residual_passes
             return seconds + self.elementwise(rows * width, passes, -(-rows // tile))
         if kind == "text_mlp":
             return self._mlp(rows, tile, width, text.intermediate)
@@ -176,6 +193,8 @@ class Costs:
         kept = self.warm or (cached and not first)
         source = profile.page_cache_bytes_per_s if kept else profile.disk_bytes_per_s
         seconds = size_bytes / min(source, profile.host_to_device_bytes_per_s)
+        if self.converts:
+            seconds += size_bytes / CONVERTED_BYTES_PER_S
         if measured:
             seconds += measured.copy_s + (self.touch(size_bytes) if fresh else 0.0)
         return seconds
@@ -199,6 +218,8 @@ class Costs:
         if self.profile.kind != "cpu":
             return 0.0
         work = size_bytes / self.profile.page_cache_bytes_per_s
+        if self.converts:
+            work += size_bytes / CONVERTED_BYTES_PER_S
         if fresh:
             work += self.touch(size_bytes)
         return work * (self.profile.measured.stolen_share if self.profile.measured else 1.0)

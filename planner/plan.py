@@ -165,7 +165,11 @@ class TokenIds(Frozen):
 
 
 class ModelShape(Frozen):
-    """Everything about the model that is not weights. `fingerprint`: sha256 over the normalised config and the names, shapes and dtypes of all tensors."""
+    """Everything about the model that is not weights. `fingerprint`: sha256 over the normalised config and the names, shapes and dtypes of all tensors.
+
+    `dtype`: of weights and activations in the run. `stored`: of the weights in their files, where that is another one
+    of the same size; they are converted as they are read.
+    """
 
     name: str
     dtype: DType
@@ -174,6 +178,17 @@ class ModelShape(Frozen):
     token_ids: TokenIds
     repetition_penalty: float
     fingerprint: str
+    stored: DType | None = None
+
+    @property
+    def residual_dtype(self) -> DType:
+        """Of the residual streams: float32 where the model computes in float16, whose range they leave."""
+        return "float32" if self.dtype == "float16" else self.dtype
+
+    @property
+    def stored_dtype(self) -> DType:
+        """Of the weights in their files."""
+        return self.stored or self.dtype
 
 
 class UnitTensor(Frozen):

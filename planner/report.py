@@ -193,6 +193,13 @@ def _levers(plan: Plan) -> list[tuple[str, str]]:
     rows.append(
         ("staging", f"{slots} slot{'s' * (slots > 1)}" if streams else "none: nothing is streamed")
     )
+    if plan.model.stored is not None:
+        rows.append(
+            (
+                "dtype",
+                f"{plan.model.dtype}; weights are converted from {plan.model.stored} as they are read",
+            )
+        )
     if plan.host_units:
         pinned = sum(unit.size_bytes for unit in plan.host_units)
         rows.append(

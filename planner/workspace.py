@@ -13,7 +13,7 @@ from functools import lru_cache
 from math import ceil
 from typing import Literal, NamedTuple
 
-from planner.gemm_scratch import scratch_bytes
+from planner.gemm_scratch import float16_scratch_bytes, scratch_bytes
 from planner.plan import (
     DTYPE_BYTES,
     Image,
@@ -29,6 +29,7 @@ from planner.plan import (
 )
 
 WINDOWS_PER_CALL = 16  # as executor/vision.py
+EMBEDDING_ROWS = 256  # as executor/weights.py: rows of the embedding table read at once
 KEY_BLOCK = (
     512  # keys per block of the CPU's kernel; aten/src/ATen/native/cpu/FlashAttentionKernel.cpp
 )
@@ -100,6 +101,11 @@ def outside(
     if kind == "norm":
         # the row that is normalised is upcast outside the arena, whose `hidden` holds one row alone
         return (Outside(name="norm32", size_bytes=4 * shape.text.hidden, birth=0, death=1),)
+    if kind == "embed_tokens" and machine.kind == "cpu" and shape.residual_dtype != shape.dtype:
+        # rows as they are stored, before they are widened into the residual stream
+        rows = min(EMBEDDING_ROWS, 1 if decode else prompt_rows)
+        size = rows * shape.text.hidden * DTYPE_BYTES[shape.stored_dtype]
+        return (Outside(name="embedding_rows", size_bytes=size, birth=0, death=1),)
     distinct: dict[Taken, None] = {}
     for calls in tile_calls(
         kind, shape, tiles, images, prompt_rows, context_tokens, machine.kernel, decode=decode
@@ -328,8 +334,10 @@ def gemm_pieces(call: Gemm, dtype: str, machine: Machine) -> list[Piece]:
     """
     if machine.kind == "cuda" or dtype == "float32":
         return []
-    amx = machine.amx and dtype == "bfloat16"
-    size = scratch_bytes(*call, threads=machine.threads, amx=amx)
+    if dtype == "float16":
+        size = float16_scratch_bytes(call.rows, threads=machine.threads)
+    else:
+        size = scratch_bytes(*call, threads=machine.threads, amx=machine.amx)
     return [Piece("gemm_scratch", size)]
 
 
