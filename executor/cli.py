@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PASSED_BUDGET, INTERRUPTED = 4, 130
 # options of a plan's command that a plan made anew keeps; the others are given by the run
 KEPT = (
-    *("--device", "--ram", "--allocator"),
+    *("--device", "--dtype", "--ram", "--allocator"),
     *("--max-pixels", "--max-new-tokens", "--context-tokens"),
 )
 PLAN_COMMAND = (
