@@ -5,7 +5,7 @@
     both: [--device cpu | FILE.json] [--out RUNS.jsonl [--stop-after SECONDS]]
 
 Each run is an `execute` of its own; rounds go over all plans in turn, and the table has medians. Before each run the
-checkpoint is read once and as much memory as the plan needs is touched and given back, so that neither a cold disk nor
+checkpoint is read once, from the disk, and as much memory as the plan needs is touched and given back, so that neither a cold disk nor
 a virtual machine's own paging is in it. A run beside which other processes took more than a twentieth of the cores is
 dropped and counted. With --out runs are kept in a file and a later call goes on where this one stopped.
 """
@@ -259,9 +259,13 @@ def _run(cell: Cell, folder: Path) -> dict[str, object]:
 
 
 def _warm(cell: Cell) -> None:
-    """Read the checkpoint into the page cache, and touch as much memory as the plan needs."""
+    """Read the checkpoint into the page cache, and touch as much memory as the plan needs.
+
+    What lies there is dropped before: how quickly it is read depends on how it once came there.
+    """
     for path in sorted(cell.checkpoint.glob("*.safetensors")):
         with path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             piece = bytearray(8 * MIB)
             while file.readinto(piece):
                 pass

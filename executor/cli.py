@@ -186,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
         "--make-random-checkpoint",
         nargs=2,
         metavar=("SPEC", "DIR"),
-        help="write a checkpoint of random weights (tiny, tiny-tied, small, 3b, 7b) and end",
+        help="write a checkpoint of random weights (tiny, tiny-tied, mini, small, 3b, 7b) and end",
     )
     return parser
 

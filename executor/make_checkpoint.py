@@ -111,9 +111,12 @@ _SMALL = _3B._replace(
     full_attention_blocks=(3, 7, 11, 15),
     first_special=4000,
 )
+# the same widths, a quarter as deep: its weights do not stay in a core's caches either
+_MINI = _SMALL._replace(layers=4, vision_depth=4, full_attention_blocks=(1, 3))
 SPECS = {
     "tiny": _TINY,
     "tiny-tied": _TINY._replace(tied=True),
+    "mini": _MINI,
     "small": _SMALL,
     "3b": _3B,
     "7b": _7B,
@@ -131,8 +134,8 @@ def make_random_checkpoint(
 ) -> int:
     """Bytes of the weights written to `directory`, which appears whole or not at all.
 
-    `spec`: `tiny` (0.6 million weights, separate lm_head, float32), `tiny-tied` (lm_head is the embedding), `small`
-    (0.5 GB, tied), `3b` (7.5 GB, tied) or `7b` (16.6 GB, separate lm_head), the last three in bfloat16, the last two
+    `spec`: `tiny` (0.6 million weights, separate lm_head, float32), `tiny-tied` (lm_head is the embedding), `mini`
+    (0.2 GB, tied), `small` (0.5 GB, tied), `3b` (7.5 GB, tied) or `7b` (16.6 GB, separate lm_head), the last four in bfloat16, the last two
     with the published shapes; `:float32` and the
     like after it choose another dtype, and `dtype` and `tied` overrule both. The files are those of a published
     checkpoint: config.json, generation_config.json, preprocessor_config.json, tokenizer.json and safetensors, in shards

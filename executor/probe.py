@@ -1,6 +1,6 @@
 """Measure this machine and write it down as a device profile that `plan --device FILE` accepts.
 
-    kernels (probe_kernels) · memory: copies, first touch, page cache, disk · a tiny model's run: start-up, context, steps
+    kernels (probe_kernels) · memory: copies, first touch, page cache, disk · runs of small models: start-up, context, steps
 
 Where a figure cannot be measured it keeps what the profile that comes with the package says, and its source says so.
 """
@@ -20,18 +20,20 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from executor import memory
+from executor.attention import attend
 from executor.image import PixelSource, open_image
+from executor.ops import linear, rms_norm
 from executor.probe_kernels import FULL, SHORT, Bench, Busy, kernels, sampling
 from executor.record import Record
 from executor.threads import start_thread
 from planner.errors import InputError, RunFailed
-from planner.plan import Image, Kernel, Plan, WindowRun, write_text
+from planner.plan import Image, Kernel, Kind, Plan, WindowRun, write_text
 from planner.profile import DeviceProfile, Kernels, Measured, dumps, load_profile
 from planner.units import GIB, MIB
 
@@ -41,6 +43,8 @@ PLAN = "import sys; sys.path[0] = sys.argv.pop(1); from planner.cli import main;
 EXECUTE = (
     "import sys; sys.path[0] = sys.argv.pop(1); from executor.cli import main; sys.exit(main())"
 )
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 Say = Callable[[str], None]
 
@@ -56,12 +60,12 @@ class Rates(NamedTuple):
     stolen_share: float
 
 
-class Tiny(NamedTuple):
-    """What a tiny model's run told."""
+class Told(NamedTuple):
+    """What a small model's runs told beside what their plan predicts from the tables alone."""
 
     start_s: float
     context_bytes: int | None
-    step_s: float
+    steps_s: dict[Kind, float]
     copy_s: float
 
 
@@ -96,7 +100,7 @@ def probe(
         float32=whole,
         pixel_values_per_s=pixels,
         sample=drawn,
-        step_s=20e-6,
+        step_s=dict.fromkeys(KINDS, (20e-6, 20e-6)),
         copy_s=50e-6,
         first_touch_bytes_per_s=rates.first_touch,
         create_s=create,
@@ -105,8 +109,12 @@ def probe(
     )
     found = _profile(base, measured, rates, device)
     if device == "cpu":
-        on_progress("a tiny model's run")
-        found = _with_tiny(found, _tiny(found, repeats=1 if short else 3))
+        on_progress("runs of small models")
+        bare = _with_steps(found, dict.fromkeys(KINDS, (0.0, 0.0)))
+        repeats = 1 if short else 5
+        near = _told(bare, "tiny", folder, repeats)
+        far = near if short else _told(bare, "mini", folder, repeats)
+        found = _with_told(found, near, far)
     others = busy.of_others()
     if others is not None and others[0] > TELLS_DISTURBED * others[1]:
         share = others[0] / others[1]
@@ -238,7 +246,7 @@ def _rates(bench: Bench, folder: Path | None, size_bytes: int) -> Rates:
         if bench.device.type == "cuda":
             host = torch.empty(size_bytes, dtype=torch.uint8)
         disk = _cold(file.fileno(), host)
-        page_cache = _best(lambda: _read(file.fileno(), host), size_bytes, 5)
+        page_cache = _typical(lambda: _read(file.fileno(), host), size_bytes, 7)
         to_device = page_cache
         stolen = _stolen_share(bench, file.fileno(), host, page_cache)
         if bench.device.type == "cuda":
@@ -261,12 +269,21 @@ def _read(handle: int, target: Tensor) -> None:
 
 def _best(call: Callable[[], object], size_bytes: int, repeats: int) -> int:
     """Units per second, the best of some repeats."""
+    return max(1, round(size_bytes / min(_laps(call, repeats))))
+
+
+def _typical(call: Callable[[], object], size_bytes: int, repeats: int) -> int:
+    """Units per second, the median of some repeats after one that does not count."""
+    return max(1, round(size_bytes / statistics.median(_laps(call, repeats + 1)[1:])))
+
+
+def _laps(call: Callable[[], object], repeats: int) -> list[float]:
     found = []
     for _ in range(repeats):
         start = time.perf_counter()
         call()
         found.append(time.perf_counter() - start)
-    return max(1, round(size_bytes / min(found)))
+    return found
 
 
 def _cold(handle: int, target: Tensor) -> int | None:
@@ -308,23 +325,36 @@ def _first_touch(size_bytes: int) -> int:
 
 
 def _stolen_share(bench: Bench, handle: int, target: Tensor, rate: int) -> float:
-    """Of the seconds that a reader takes, how many the products beside it lose; 0 on a card."""
+    """Of the seconds that a reader takes, how many the steps beside it lose; 0 on a card."""
     if bench.device.type != "cpu":
         return 0.0
-    width = 256 if bench.sizes is SHORT else 1280
-    x = torch.empty(1024, width, dtype=torch.bfloat16).normal_(0, 0.05)
-    weight, out = torch.empty(width, width, dtype=torch.bfloat16).normal_(0, 0.05), x.clone()
-    count = 20 if bench.sizes is SHORT else 400
+    rows, width, heads = (256, 64, 4) if bench.sizes is SHORT else (1024, 1280, 16)
+    count = 5 if bench.sizes is SHORT else 24
+    x, y, out = (bench.numbers(rows, width, dtype=torch.bfloat16) for _ in range(3))
+    wide = [bench.numbers(rows, 3 * width, dtype=torch.bfloat16) for _ in range(2)]
+    up = bench.numbers(3 * width, width, dtype=torch.bfloat16)
+    down = bench.numbers(width, 3 * width, dtype=torch.bfloat16)
+    ones, norm32 = torch.ones(width, dtype=torch.bfloat16), torch.empty(256, width)
+    qkv = wide[0].view(rows // 64, 64, 3, heads, width // heads)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
     def work() -> float:
+        """What a block of the vision tower does: many calls of all sizes, between which cores wait for each other."""
         start = time.perf_counter()
         for _ in range(count):
-            torch.mm(x, weight.t(), out=out)
+            rms_norm(x, ones, y, scratch=norm32, eps=1e-6)
+            linear(y, up, None, out=wide[0])
+            attend(q, k, v, kernel=bench.kernel, scale=0.1)
+            linear(y, up, None, out=wide[1])
+            torch.ops.aten.silu_(wide[1])
+            wide[1].mul_(wide[0])
+            linear(wide[1], down, None, out=out)
+            y.add_(out)
         return time.perf_counter() - start
 
     work()
     shares = []
-    for _ in range(1 if bench.sizes is SHORT else 3):
+    for _ in range(1 if bench.sizes is SHORT else 7):
         alone = work()
         moved, stop = [0], threading.Event()
 
@@ -339,7 +369,7 @@ def _stolen_share(bench: Bench, handle: int, target: Tensor, rate: int) -> float
         if not hasattr(os, "preadv"):
             return 1.0
         reader = threading.Thread(target=read)
-        start_thread(reader, "a reader beside products")
+        start_thread(reader, "a reader beside steps")
         beside = work()
         stop.set()
         reader.join()
@@ -406,33 +436,32 @@ def _image(source_px: int, side_px: int) -> Image:
     )
 
 
-# --- a tiny model -------------------------------------------------------------------------------------------------
+# --- small models -------------------------------------------------------------------------------------------------
 
 
-def _tiny(profile: DeviceProfile, *, repeats: int) -> Tiny:
-    """Start-up, context and what steps and copies cost beside their kernels, from a tiny model planned with this profile and run."""
+def _told(profile: DeviceProfile, spec: str, folder: Path | None, repeats: int) -> Told:
+    """Start-up, context and what steps and copies cost beside their kernels: a random checkpoint, planned with this profile and run."""
     from executor.make_checkpoint import make_random_checkpoint
 
     root = str(Path(__file__).resolve().parent.parent)  # the packages lie side by side
-    with tempfile.TemporaryDirectory(prefix="probe-") as name:
-        folder = Path(name)
-        make_random_checkpoint("tiny", folder / "tiny")
-        write_text(folder / "profile.json", dumps(profile))
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".probe-") as name:
+        place = Path(name)
+        make_random_checkpoint(spec, place / spec)
+        write_text(place / "profile.json", dumps(profile))
         from PIL import Image as Pillow
 
-        Pillow.new("RGB", (112, 112), (90, 120, 150)).save(folder / "image.png")
-        what = ["--model", str(folder / "tiny"), "--image", str(folder / "image.png")]
+        Pillow.new("RGB", (112, 112), (90, 120, 150)).save(place / "image.png")
+        what = ["--model", str(place / spec), "--image", str(place / "image.png")]
         what += ["--prompt", "probe"]
-        device = ["--device", str(folder / "profile.json"), "--max-new-tokens", "16"]
-        _call(PLAN, root, [*what, *device, "--out", str(folder / "plan.json"), "--json"])
-        plan = Plan.load(folder / "plan.json")
+        device = ["--device", str(place / "profile.json"), "--max-new-tokens", "16"]
+        _call(PLAN, root, [*what, *device, "--out", str(place / "plan.json"), "--json"])
+        plan = Plan.load(place / "plan.json")
         records = []
         for _ in range(repeats + 1):
-            run = [str(folder / "plan.json"), *what, "--record", str(folder / "record.json")]
+            run = [str(place / "plan.json"), *what, "--record", str(place / "record.json")]
             _call(EXECUTE, root, [*run, "--quiet"])
-            records.append(Record.load(folder / "record.json"))
+            records.append(Record.load(place / "record.json"))
     records = records[1:]  # the first finds files that are not in memory yet
-    tokens = max(record.new_tokens for record in records)
     starts = [
         phase.seconds for record in records for phase in record.phases if phase.phase == "load"
     ]
@@ -443,33 +472,40 @@ def _tiny(profile: DeviceProfile, *, repeats: int) -> Tiny:
         context = (
             profile.context_bytes + round(statistics.median(contexts)) - plan.device.context_bytes
         )
-    # a step with next to no kernel, and the time between steps
-    norms = [
-        step.seconds / step.count
-        for record in records
-        for step in record.steps
-        if step.id.startswith("decode/norm")
-    ]
-    between = [
-        (
-            phase.seconds
-            - phase.waited_seconds
-            - sum(s.seconds for s in record.steps if s.phase == "decode")
-        )
-        / max(1, sum(s.count for s in record.steps if s.phase == "decode"))
-        for record in records
-        for phase in record.phases
-        if phase.phase == "decode" and tokens > 1
-    ]
-    kernel = profile.measured.float32.passes["norm"][0][1] if profile.measured else 0.0
-    step = 20e-6
-    if norms and between:
-        step = max(5e-6, statistics.median(norms) - kernel + statistics.median(between))
     copies = [c.seconds / c.count for record in records for c in record.copies if c.count]
     # opening the image and priming are in the plan's load phase already
     beside = next(p.seconds for p in plan.prediction.phases if p.phase == "load") - profile.start_s
     start = max(0.05, statistics.median(starts) - beside)
-    return Tiny(start, context, step, statistics.median(copies))
+    return Told(start, context, _beyond_kernels(plan, records), statistics.median(copies))
+
+
+def _beyond_kernels(plan: Plan, records: Sequence[Record]) -> dict[Kind, float]:
+    """Of each kind of step the seconds that the plan, which knows of kernels alone, does not have: with the time between steps."""
+    steps = {step.id: step for step in plan.steps}
+    between = statistics.median(
+        (phase.seconds - phase.waited_seconds - sum(s.seconds for s in mine))
+        / sum(s.count for s in mine)
+        for record in records
+        for phase in record.phases
+        if (mine := [s for s in record.steps if s.phase == phase.phase])
+    )
+    found: dict[Kind, list[float]] = {}
+    for phases in (("decode",), ("vision", "prefill")):
+        known = set(found)  # where decode has a kind, it has many of them
+        for record in records:
+            for ran in record.steps:
+                step = steps[ran.id]
+                if ran.phase not in phases or step.kind in known:
+                    continue
+                # the first of a loop has new pages and code to find, where there are others
+                count, seconds = ran.count, ran.seconds
+                if count > 1:
+                    count, seconds = count - 1, seconds - ran.first_seconds
+                found.setdefault(step.kind, []).append(seconds / count - step.seconds)
+    return {
+        kind: max(0.0, statistics.median(found.get(kind, [0.0])) + max(0.0, between))
+        for kind in KINDS
+    }
 
 
 def _call(program: str, root: str, arguments: Sequence[str]) -> None:
@@ -511,20 +547,32 @@ def _kernel(base: DeviceProfile) -> Kernel:
     return "flash" if float(base.compute_capability or 0) >= 8 else "efficient"
 
 
-def _with_tiny(profile: DeviceProfile, tiny: Tiny) -> DeviceProfile:
+def _with_steps(
+    profile: DeviceProfile, step_s: dict[Kind, tuple[float, float]], **changes: Any
+) -> DeviceProfile:
     assert profile.measured is not None
-    measured = profile.measured.model_copy(update={"step_s": tiny.step_s, "copy_s": tiny.copy_s})
-    changes: dict[str, Any] = {"measured": measured, "start_s": round(tiny.start_s, 3)}
+    measured = profile.measured.model_copy(update={"step_s": step_s, **changes})
+    return profile.model_copy(update={"measured": measured})
+
+
+def _with_told(profile: DeviceProfile, near: Told, far: Told) -> DeviceProfile:
+    """With what runs told: of a model whose weights stay in the caches, and of one whose weights do not."""
+    found = _with_steps(
+        profile,
+        {kind: (near.steps_s[kind], far.steps_s[kind]) for kind in KINDS},
+        copy_s=near.copy_s,
+    )
+    changes: dict[str, Any] = {"start_s": round(near.start_s, 3)}
     sources = {
         **profile.sources,
         "start_s": f"{_measured_by()}: a tiny model's load phase less what its plan counts beside this figure",
     }
-    if tiny.context_bytes is not None:
-        changes["context_bytes"] = tiny.context_bytes
+    if near.context_bytes is not None:
+        changes["context_bytes"] = near.context_bytes
         sources["context_bytes"] = (
             f"{_measured_by()}: a tiny model's, less what its plan counts beside this figure"
         )
-    return profile.model_copy(update={**changes, "sources": sources})
+    return found.model_copy(update={**changes, "sources": sources})
 
 
 def _profile(base: DeviceProfile, measured: Measured, rates: Rates, device: str) -> DeviceProfile:

@@ -12,7 +12,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -37,7 +37,6 @@ ANGLE_ROWS = (1, 64, 1024, 4096)
 DISTURBED_S = 0.05  # less than that the counters, which tick every 10 ms, do not tell
 TRIES = 3
 CUDA_BATCH = 10
-THROUGH_BYTES = 64 * MIB  # more than the caches of a core hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,16 +116,19 @@ class Bench:
         self.memory, self.sizes, self.kernel = memory, sizes, kernel
         self.synchronize, self.say = synchronize, on_progress
         self._next = 0
-        self._cold = False
-        noise = torch.empty(MIB // 2, dtype=torch.bfloat16).normal_(0, 0.05).to(memory.device)
-        everything = memory[: memory.numel() // 2 * 2].view(torch.bfloat16)
-        for start in range(0, everything.numel(), noise.numel()):
-            part = everything[start : start + noise.numel()]
-            part.copy_(noise[: part.numel()])
+        self._noise = torch.empty(MIB // 2, dtype=torch.bfloat16).normal_(0, 0.05).to(memory.device)
+        self.refill(0)
 
     @property
     def device(self) -> torch.device:
         return self.memory.device
+
+    def refill(self, start_bytes: int) -> None:
+        """Small numbers everywhere from there on, read as 16 bits."""
+        rest = self.memory[start_bytes // 2 * 2 : self.memory.numel() // 2 * 2].view(torch.bfloat16)
+        for start in range(0, rest.numel(), self._noise.numel()):
+            part = rest[start : start + self._noise.numel()]
+            part.copy_(self._noise[: part.numel()])
 
     def take(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """A view of memory that was not given out for long; what is in it are small numbers, if of 16 bits."""
@@ -167,8 +169,6 @@ class Bench:
         # on a card calls queue up behind one another: the wait for the last is no part of each
         batch = CUDA_BATCH if self.device.type == "cuda" and before is None else 1
         for number in itertools.count():
-            if self._cold:
-                self.memory[: min(self.memory.numel(), THROUGH_BYTES)].view(torch.int32).sum()
             if before is not None:
                 before()
             self.synchronize()
@@ -186,17 +186,6 @@ class Bench:
                 return statistics.median(found)
         raise AssertionError
 
-    def colder(self, figure: Callable[[], float]) -> float:
-        """How much longer a figure is where weights go through the caches before each of its calls."""
-        if self.device.type == "cuda":
-            return 0.0  # launches hide behind the kernels before them
-        hot = figure()
-        self._cold = True
-        try:
-            return max(0.0, figure() - hot)
-        finally:
-            self._cold = False
-
     def curve(self, seconds: Callable[[int], float], sizes: Sequence[int]) -> Curve:
         return tuple((size, seconds(size)) for size in sizes)
 
@@ -213,7 +202,6 @@ def kernels(bench: Bench, dtype: torch.dtype) -> Kernels:
         vector=vector,
         attention=attention,
         passes=passes(bench, dtype),
-        cold=cold(bench, dtype),
     )
 
 
@@ -270,11 +258,24 @@ def products(bench: Bench, dtype: torch.dtype) -> Grid:
 def _product(
     bench: Bench, dtype: torch.dtype, rows: int, fan_in: int, fan_out: int, *, bias: bool = False
 ) -> float:
-    out = torch.empty(rows, fan_out, dtype=dtype, device=bench.device)
     added = bench.numbers(fan_out, dtype=dtype) if bias else None
-    x = torch.empty(rows, fan_in, dtype=dtype, device=bench.device).normal_(0, 0.05)
-    weights = _cycle(bench, dtype, (fan_out, fan_in), bench.memory.numel())
-    return bench.seconds(lambda: linear(x, next(weights), added, out=out))
+    half = bench.memory.numel() // 2
+    bench.refill(half)
+    weights = _cycle(bench, dtype, (fan_out, fan_in), half)
+    # in a run rows come from the step before and results are read by the one behind: neither lies in a core's caches
+    far = max(1, half // max(512, rows * (fan_in + fan_out) * dtype.itemsize + 1024))
+    pairs = itertools.cycle(
+        [
+            (bench.take(rows, fan_in, dtype=dtype), bench.take(rows, fan_out, dtype=dtype))
+            for _ in range(min(far, 256))
+        ]
+    )
+
+    def call() -> None:
+        x, out = next(pairs)
+        linear(x, next(weights), added, out=out)
+
+    return bench.seconds(call)
 
 
 def _cycle(
@@ -394,97 +395,6 @@ def passes(bench: Bench, dtype: torch.dtype) -> dict[str, Curve]:
     return curves
 
 
-def cold(bench: Bench, dtype: torch.dtype) -> dict[str, float]:
-    """What the smallest call of each kind takes more on cold caches."""
-    small, few = bench.sizes.widths[0], bench.sizes.elements[0]
-    width = bench.sizes.weights[0][0]
-    size, count, groups = bench.sizes.heads[-1]
-    q = bench.numbers(1, count, size, dtype=dtype)
-    k, v = (bench.numbers(64, groups, size, dtype=dtype) for _ in range(2))
-    kernel = _kernel_of(bench, dtype)
-    seen, chosen = seen_mask(range(500), 640), Sampling(repetition_penalty=1.05)
-    values, draws = torch.randn(640), generator(chosen)
-    figures: dict[str, Callable[[], float]] = {
-        "norm": lambda: _norm(bench, dtype, small),
-        "rope_vision": lambda: _rope(bench, dtype, 1, 4, 16, "vision"),
-        "rope_text": lambda: _rope(bench, dtype, 1, 4, 16, "text"),
-        "angles_vision": lambda: _angles_vision(bench, dtype, 1, 32),
-        "angles_text": lambda: _angles_text(bench, dtype, 1, 32),
-        "gate": lambda: _gate(bench, dtype, few),
-        "gelu": lambda: _gelu(bench, dtype, few),
-        "add": lambda: _add(bench, dtype, few),
-        "copy": lambda: _copy(bench, dtype, few),
-        "merge": lambda: _merge(bench, dtype, few),
-        "product": lambda: _product(bench, dtype, 16, width, width),
-        "vector": lambda: _product(bench, dtype, 1, width, width),
-        "attention": lambda: bench.seconds(
-            lambda: attend_rows(q, k, v, kernel=kernel, scale=size**-0.5)
-        ),
-        "sample": lambda: bench.seconds(lambda: next_token(values, seen, chosen, draws)),
-    }
-    found = {"bias": 0.0} | {name: bench.colder(figure) for name, figure in figures.items()}
-    share = _share(bench, dtype, found)
-    return {name: value * share for name, value in found.items()}
-
-
-def _share(bench: Bench, dtype: torch.dtype, found: Mapping[str, float]) -> float:
-    """How much of that is paid in a layer: its calls warm what they have in common for one another.
-
-    From a layer of one token whose weights come from memory, timed as a whole and call by call.
-    """
-    size, count, groups = bench.sizes.heads[-1]
-    width, inner = count * size, 4 * count * size
-    kernel, scale = _kernel_of(bench, dtype), size**-0.5
-    x, y, q, o = (torch.zeros(1, width, dtype=dtype, device=bench.device) for _ in range(4))
-    gate, up = (torch.zeros(1, inner, dtype=dtype, device=bench.device) for _ in range(2))
-    ones = torch.ones(width, dtype=dtype, device=bench.device)
-    wide = torch.empty(1, width, device=bench.device)
-    turn = torch.empty(2, 1, width, dtype=dtype, device=bench.device)
-    cos, sin = (torch.ones(1, size, dtype=dtype, device=bench.device) for _ in range(2))
-    k, v = (torch.zeros(512, groups, size, dtype=dtype, device=bench.device) for _ in range(2))
-    square = _cycle(bench, dtype, (width, width), bench.memory.numel())
-    rising = _cycle(bench, dtype, (inner, width), bench.memory.numel())
-    falling = _cycle(bench, dtype, (width, inner), bench.memory.numel())
-
-    def norm() -> None:
-        rms_norm(x, ones, y, scratch=wide, eps=EPS)
-
-    def rope() -> None:
-        rotate(q.view(1, count, size), cos, sin, scratch=turn)
-
-    def attention() -> None:
-        attend_rows(q.view(1, count, size), k, v, kernel=kernel, scale=scale)
-
-    def gated() -> None:
-        torch.ops.aten.silu_(gate)
-        gate.mul_(up)
-
-    calls: list[tuple[str, Callable[[], object]]] = [
-        ("norm", norm),
-        ("vector", lambda: linear(y, next(square), None, out=q)),
-        ("vector", lambda: linear(y, next(square), None, out=o)),
-        ("rope_text", rope),
-        ("attention", attention),
-        ("copy", lambda: o.copy_(q)),
-        ("vector", lambda: linear(o, next(square), None, out=y)),
-        ("add", lambda: x.add_(y)),
-        ("norm", norm),
-        ("vector", lambda: linear(y, next(rising), None, out=gate)),
-        ("vector", lambda: linear(y, next(rising), None, out=up)),
-        ("gate", gated),
-        ("vector", lambda: linear(gate, next(falling), None, out=y)),
-        ("add", lambda: x.add_(y)),
-    ]
-
-    def layer() -> None:
-        for _, call in calls:
-            call()
-
-    apart = sum(bench.seconds(call) for _, call in calls)
-    all_cold = sum(found[name] for name, _ in calls)
-    return min(1.0, max(0.0, bench.seconds(layer) - apart) / all_cold) if all_cold else 0.0
-
-
 def _kernel_of(bench: Bench, dtype: torch.dtype) -> Kernel:
     return "efficient" if bench.kernel == "flash" and dtype == torch.float32 else bench.kernel
 
@@ -542,18 +452,28 @@ def _angles_text(bench: Bench, dtype: torch.dtype, rows: int, half: int) -> floa
 
 
 def _gate(bench: Bench, dtype: torch.dtype, elements: int) -> float:
-    gate, up = (bench.numbers(elements, dtype=dtype) for _ in range(2))
+    gates = _unchanged(bench, dtype, elements)
+    up = torch.ones(elements, dtype=dtype, device=bench.device)
 
     def call() -> None:
+        gate = next(gates)
         torch.ops.aten.silu_(gate)
         gate.mul_(up)
 
-    return bench.seconds(call, lambda: gate.fill_(0.5))
+    return bench.seconds(call)
 
 
 def _gelu(bench: Bench, dtype: torch.dtype, elements: int) -> float:
-    x = bench.numbers(elements, dtype=dtype)
-    return bench.seconds(lambda: torch.ops.aten.gelu_(x), lambda: x.fill_(0.5))
+    xs = _unchanged(bench, dtype, elements)
+    return bench.seconds(lambda: torch.ops.aten.gelu_(next(xs)))
+
+
+def _unchanged(bench: Bench, dtype: torch.dtype, elements: int) -> Iterator[Tensor]:
+    """Tensors in turn, full of a number that both activations leave as it is."""
+    found = _cycle(bench, dtype, (elements,), 32 * MIB)
+    for start in range(0, 32 * MIB, 4 * MIB):
+        bench.memory[start : start + 4 * MIB].view(dtype).fill_(20.0)
+    return found
 
 
 def _add(bench: Bench, dtype: torch.dtype, elements: int) -> float:

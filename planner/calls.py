@@ -30,7 +30,9 @@ class Calls:
         half = DTYPE_BYTES[model.dtype] == 2
         self.kernels: Kernels = measured.bits16 if half else measured.float32
         self.token_bytes = token_bytes
-        self.cold = token_bytes > CACHE_BYTES
+        self.steps_s = {
+            kind: pair[token_bytes > CACHE_BYTES] for kind, pair in measured.step_s.items()
+        }
         rate = measured.first_touch_bytes_per_s
         self.touch_s = 1 / rate if rate else 0.0  # of one byte
         self.product = lru_cache(maxsize=4096)(self._product)
@@ -46,24 +48,33 @@ class Calls:
             vector = self.kernels.vector
             # beyond the largest measured distance between two uses all comes from memory, and stays as fast
             distance = min(self.token_bytes, vector.first[-1])
-            return vector.at(distance, weights) + self.first("vector")
-        seconds = self.kernels.product.at(rows, weights) + self.first("product")
+            return vector.at(distance, weights)
+        seconds = self.kernels.product.at(rows, weights)
         return seconds + (seconds_at(self.kernels.passes["bias"], rows * fan_out) if bias else 0.0)
-
-    def first(self, name: str) -> float:
-        """What the first call of a kind in a tile takes more."""
-        return self.kernels.cold[name] if self.cold else 0.0
 
     def _elements(self, name: str, elements: int) -> float:
         """One call of an elementwise pass over so many elements."""
-        return seconds_at(self.kernels.passes[name], elements) + self.first(name)
+        return seconds_at(self.kernels.passes[name], elements)
 
     def rows(self, name: str, rows: int, width: int, most: int) -> float:
         """A pass over (rows, width) in sub-tiles of `most` rows."""
         whole, rest = divmod(rows, most)
         curve = self.kernels.passes[name]
-        seconds = self.first(name) + (whole * seconds_at(curve, most * width) if whole else 0.0)
+        seconds = whole * seconds_at(curve, most * width) if whole else 0.0
         return seconds + (seconds_at(curve, rest * width) if rest else 0.0)
+
+    def add(self, elements: int) -> float:
+        """A sum into the residual stream; where that is wider, by way of float32 scratch, which takes twice the bytes."""
+        if self.model.residual_dtype == self.model.dtype:
+            return self.elements("add", elements)
+        return self.elements("copy", elements) + 2 * self.elements("add", elements)
+
+    def gate(self, elements: int) -> float:
+        """A gated product; where the residual stream is wider, scaled: bounds of both factors, and a pass over each."""
+        seconds = self.elements("gate", elements)
+        if self.model.residual_dtype == self.model.dtype:
+            return seconds
+        return seconds + 3 * self.elements("add", elements)
 
     def norm(self, rows: int, width: int) -> float:
         return self.rows("norm", rows, width, NORM_ROWS)
@@ -92,7 +103,7 @@ class Calls:
 
     def _angles(self, where: str, rows: int, head_dim: int) -> float:
         name, elements = f"angles_{where}", rows * head_dim // 2
-        return self.first(name) + sum(
+        return sum(
             share * seconds_at(getattr(table, name), elements)
             for table, share in self.kernels.turned(head_dim)
         )
@@ -101,7 +112,7 @@ class Calls:
         """A rotation of (rows, width) in sub-tiles."""
         name = f"rope_{where}"
         whole, rest = divmod(rows, ROPE_ROWS)
-        seconds = self.first(name)
+        seconds = 0.0
         for table, share in self.kernels.turned(head_dim):
             curve = getattr(table, name)
             seconds += share * whole * seconds_at(curve, ROPE_ROWS * width)
@@ -119,7 +130,7 @@ class Calls:
         shape = self.model.vision
         width, depth = shape.hidden, shape.depth
         rows = sum(image.patches for image in images)
-        element = DTYPE_BYTES[self.model.dtype]
+        element = DTYPE_BYTES[self.model.residual_dtype]
         full = len(shape.full_attention_blocks)
         steps = {"window_attn": depth - full, "full_attn": full, "vision_mlp": depth}.get(kind, 1)
         pages = vision_scratch(kind, self.model, tiles, tuple(images)).size_bytes
@@ -127,7 +138,7 @@ class Calls:
             pages += rows * width * element  # the residual stream
         if kind == "merger":
             pages += rows // shape.merge**2 * shape.out_hidden * element
-        step_s = self.measured.step_s + self._new_pages(pages, steps)
+        step_s = self.steps_s[kind] + self._new_pages(pages, steps)
         if kind == "patch_embed":
             seconds = rows * shape.patch_values / self.measured.pixel_values_per_s
             for image in images:
@@ -165,10 +176,9 @@ class Calls:
         seconds += self._rope("vision", rows, 2 * width, shape.head_dim)
         for count, size in runs:
             seconds += count * shape.heads * self._attend("window", shape.head_dim, size)
-            seconds += self.first("attention")
             seconds += self.rows("copy", count, size * width, WINDOWS_PER_CALL)
         seconds += self.product(rows, width, width, True)
-        return seconds + self.elements("add", rows * width)
+        return seconds + self.add(rows * width)
 
     def _full_image(self, patches: int, tiles: Tiles) -> float:
         return _tiled(
@@ -185,15 +195,15 @@ class Calls:
         seconds += self.norm(tile, width) + 2 * self.product(tile, width, width, True)
         seconds += 2 * self._angles("vision", tile, size)
         seconds += 2 * self._rope("vision", tile, width, size)
-        seconds += heads * self._attend("full", size, tile, keys) + self.first("attention")
+        seconds += heads * self._attend("full", size, tile, keys)
         seconds += (-(-heads // query_heads) - 1) * self._call(size)
         seconds += _tiled(heads, query_heads, lambda n: self.elements("copy", tile * n * size))
-        return seconds + self.elements("add", tile * width)
+        return seconds + self.add(tile * width)
 
     def _mlp_tile(self, rows: int, width: int, inner: int, bias: bool) -> float:
         seconds = self.norm(rows, width) + 2 * self.product(rows, width, inner, bias)
-        seconds += self.elements("gate", rows * inner) + self.product(rows, inner, width, bias)
-        return seconds + self.elements("add", rows * width)
+        seconds += self.gate(rows * inner) + self.product(rows, inner, width, bias)
+        return seconds + self.add(rows * width)
 
     def _merger_tile(self, tokens: int) -> float:
         shape = self.model.vision
@@ -213,7 +223,7 @@ class Calls:
 
         `groups_per_call`: key heads that a call of attention takes; None: all.
         """
-        text, step_s = self.model.text, self.measured.step_s
+        text, step_s = self.model.text, self.steps_s[kind]
         pages = text_scratch(kind, self.model, tile, rows).size_bytes
         step_s += self._new_pages(pages, text.layers * (1 if rows > 1 else DECODED))
         if kind == "text_mlp":
@@ -239,7 +249,6 @@ class Calls:
             seconds += self._project(count)
             seconds += text.heads * self._attend("causal", text.head_dim, count)
             seconds += more * (2 if start else 1)
-            seconds += self.first("attention")
             if start:
                 seconds += text.heads * self._attend("full", text.head_dim, count, start)
                 seconds += self.elements("merge", count * width)
@@ -255,17 +264,15 @@ class Calls:
         seconds += self._angles("text", rows, size)
         seconds += self._rope("text", rows, heads, size) + self._rope("text", rows, groups, size)
         seconds += self.elements("copy", rows * heads)
-        return (
-            seconds + self.product(rows, heads, width, False) + self.elements("add", rows * width)
-        )
+        return seconds + self.product(rows, heads, width, False) + self.add(rows * width)
 
     def small(self, kind: Kind, head_rows: int) -> float:
         """Seconds of a step on one row."""
-        text, step_s = self.model.text, self.measured.step_s
+        text, step_s = self.model.text, self.steps_s[kind]
         if kind == "lm_head":
             return step_s + self.product(1, text.hidden, head_rows, False)
         if kind == "sample":
-            return step_s + seconds_at(self.measured.sample, text.vocabulary) + self.first("sample")
+            return step_s + seconds_at(self.measured.sample, text.vocabulary)
         return step_s + (self.norm(1, text.hidden) if kind == "norm" else 0.0)
 
     # --- before the first step --------------------------------------------------------------------------------------

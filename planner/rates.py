@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Annotated
+from typing import get_args
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from planner.plan import Frozen
+from planner.plan import Frozen, Kind
 
 Curve = tuple[tuple[PositiveInt, PositiveFloat], ...]  # (size, seconds), sizes ascending
 
@@ -111,34 +111,26 @@ PASSES = ("norm", "gate", "gelu", "add", "copy", "bias", "merge")
 TURNS = ("rope_vision", "rope_text", "angles_vision", "angles_text")  # by head size
 
 
-CALLS = (*PASSES, *TURNS, "product", "vector", "attention", "sample")
 CACHE_BYTES = (
     8 * 2**20
-)  # weights of a token beyond which its code and activations leave the nearest caches
+)  # weights of a token beyond which code and activations leave the nearest caches
 
 
 class Kernels(Frozen):
     """The executor's calls in one dtype.
 
-    product: (rows, weight elements), the weights coming from memory. vector: one row, (bytes between two uses of the
-    same weights, weight elements): what was used lately still lies in a cache. passes: by elements of one call. cold: what a call takes more when
-    weights have gone through the caches since the last of its kind, as in every step of a model of some size.
+    product: (rows, weight elements), all of it coming from memory. vector: one row, (bytes between two uses of the
+    same weights, weight elements): what was used lately still lies in a cache. passes: by elements of one call.
     """
 
     product: Grid
     vector: Grid
     attention: tuple[HeadDim, ...] = Field(min_length=1)
     passes: dict[str, Curve]
-    cold: dict[str, Annotated[float, Field(ge=0)]]
 
     @model_validator(mode="after")
     def _every_pass(self) -> Kernels:
-        for what, names, found in (("passes", PASSES, self.passes), ("cold", CALLS, self.cold)):
-            missing, unknown = sorted(set(names) - set(found)), sorted(set(found) - set(names))
-            if missing or unknown:
-                raise ValueError(
-                    f"{what}: wanted {', '.join(names)}; missing {missing}, unknown {unknown}"
-                )
+        _same_names("passes", PASSES, self.passes)
         curves = [*self.passes.values()]
         for dim in self.attention:
             curves += dim.curves()
@@ -178,9 +170,24 @@ class Measured(Frozen):
     float32: Kernels
     pixel_values_per_s: PositiveInt  # patch values that the host cuts out and normalises
     sample: Curve = Field(min_length=1)  # by logits
-    step_s: PositiveFloat  # of a step beyond its kernels: views, records, queues
+    # of a step of each kind beyond its kernels as the tables have them (views, records, queues, code that has left the
+    # caches): where a token's weights stay in the caches, and where they do not
+    step_s: dict[Kind, tuple[NonNegativeFloat, NonNegativeFloat]]
     copy_s: PositiveFloat  # of a copy beyond its bytes
     first_touch_bytes_per_s: int = Field(ge=0)  # new pages of the arena, the CPU alone; else 0
     create_s: float = Field(ge=0)  # of a product whose shape is multiplied for the first time
     image_pixels_per_s: PositiveInt  # of image files: decoded and resized
     stolen_share: float = Field(ge=0, le=2)  # of a copy's seconds, lost by the steps beside it
+
+    @model_validator(mode="after")
+    def _every_kind(self) -> Measured:
+        _same_names("step_s", get_args(Kind), self.step_s)
+        return self
+
+
+def _same_names(what: str, wanted: Sequence[str], found: Iterable[str]) -> None:
+    missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    if missing or unknown:
+        raise ValueError(
+            f"{what}: wanted {', '.join(wanted)}; missing {missing}, unknown {unknown}"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -16,16 +16,17 @@ from planner.calls import Calls
 from planner.costs import Costs
 from planner.errors import InputError
 from planner.fronts import START
-from planner.plan import ModelShape, Tiles
+from planner.plan import Kind, ModelShape, Tiles
 from planner.profile import DeviceProfile, dumps, load_profile
-from planner.rates import CALLS, PASSES, TURNS, Grid, HeadDim, Kernels, Measured, seconds_at
+from planner.rates import PASSES, TURNS, Grid, HeadDim, Kernels, Measured, seconds_at
 from planner.spec import builtin
 
+KINDS: tuple[Kind, ...] = get_args(Kind)
 MS = 1e-3
 
 
 def kernels(**changes: Any) -> Kernels:
-    """Products 1 ms for each 1000 rows x 1000 weights, attention 1 us a score, passes 1 ns an element, nothing cold."""
+    """Products 1 ms for each 1000 rows x 1000 weights, attention 1 us a score, passes 1 ns an element."""
     head = HeadDim(
         head_dim=64,
         full=Grid(first=(1, 1000), second=(1, 1000), seconds=((1e-6, MS), (MS, 1.0))),
@@ -40,7 +41,6 @@ def kernels(**changes: Any) -> Kernels:
         "vector": Grid(first=(1,), second=(1, 1000), seconds=((1e-9, 1e-6),)),
         "attention": (head,),
         "passes": dict.fromkeys(PASSES, ((1, 1e-09), (1000, 1e-06))),
-        "cold": dict.fromkeys(CALLS, 0.0),
     }
     return Kernels(**{**data, **changes})
 
@@ -51,7 +51,7 @@ def measured(**changes: Any) -> Measured:
         "float32": kernels(),
         "pixel_values_per_s": 10**9,
         "sample": ((1, 1e-9), (1000, 1e-6)),
-        "step_s": 1e-12,
+        "step_s": dict.fromkeys(KINDS, (0.0, 0.0)),
         "copy_s": 1e-12,
         "first_touch_bytes_per_s": 0,
         "stolen_share": 1.0,
@@ -105,13 +105,12 @@ def test_a_grid_that_is_not_one_is_refused(change: dict[str, Any]) -> None:
         Grid(**{**data, **change})
 
 
-@pytest.mark.parametrize("table", ["passes", "cold"])
-def test_tables_name_every_call_and_no_other(table: str) -> None:
-    whole = dict(getattr(kernels(), table))
+def test_tables_name_every_call_and_no_other() -> None:
+    whole = dict(kernels().passes)
     with pytest.raises(ValidationError, match="missing \\['norm'\\]"):
-        kernels(**{table: {name: value for name, value in whole.items() if name != "norm"}})
+        kernels(passes={name: value for name, value in whole.items() if name != "norm"})
     with pytest.raises(ValidationError, match="unknown \\['other'\\]"):
-        kernels(**{table: whole | {"other": whole["norm"]}})
+        kernels(passes=whole | {"other": whole["norm"]})
 
 
 def test_a_text_mlp_is_its_calls_added_up(model: ModelShape) -> None:
@@ -151,19 +150,18 @@ def builtin_image(model: ModelShape) -> Any:
     )
 
 
-def test_what_is_cold_is_paid_once_in_every_tile(model: ModelShape) -> None:
-    cold = dict.fromkeys(CALLS, 0.0) | {"norm": 1.0}
-    plain = Costs(model, toy())
-    colder = Costs(model, toy(bits16=kernels(cold=cold)))
-    difference = colder.text("text_mlp", 256, 600, 0) - plain.text("text_mlp", 256, 600, 0)
-    assert difference == pytest.approx(3.0)
+def test_a_step_costs_something_beyond_its_kernels_once(model: ModelShape) -> None:
+    steps = dict.fromkeys(KINDS, (0.0, 0.0)) | {"text_mlp": (0.0, 1.0)}
+    plain, more = Costs(model, toy()), Costs(model, toy(step_s=steps))
+    difference = more.text("text_mlp", 256, 600, 0) - plain.text("text_mlp", 256, 600, 0)
+    assert difference == pytest.approx(1.0)
+    assert more.text("self_attn", 256, 600, 0) == plain.text("self_attn", 256, 600, 0)
 
 
 def test_a_small_model_s_code_stays_in_the_caches(model: ModelShape) -> None:
-    cold = dict.fromkeys(CALLS, 1.0)
-    calls = Calls(measured(bits16=kernels(cold=cold)), model, 2**20)
-    assert calls.first("norm") == 0.0
-    assert Calls(measured(bits16=kernels(cold=cold)), model, 2**30).first("norm") == 1.0
+    found = measured(step_s=dict.fromkeys(KINDS, (1.0, 2.0)))
+    assert Calls(found, model, 2**20).small("embed_tokens", 1) == 1.0
+    assert Calls(found, model, 2**30).small("embed_tokens", 1) == 2.0
 
 
 def test_new_pages_of_scratch_are_paid_once_a_phase(model: ModelShape) -> None:
@@ -242,13 +240,13 @@ def test_a_profile_with_tables_is_the_same_after_writing_and_reading(tmp_path: P
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        (("step_s",), 0, "measured.step_s"),
+        (("step_s",), {}, "step_s: wanted patch_embed"),
+        (("step_s", "norm"), [0.0, -1.0], "measured.step_s.norm"),
         (("bits16", "product", "first"), [4, 2], "measured.bits16.product: .*ascending sizes"),
         (("bits16", "product", "seconds"), [[1.0, 2.0]], "wanted 2 rows of 2 seconds"),
         (("float32", "passes"), {}, "measured.float32: .*passes: wanted norm"),
         (("float32", "passes", "norm"), [[5, 1.0], [3, 1.0]], "ascending sizes"),
         (("bits16", "attention"), [], "measured.bits16.attention"),
-        (("bits16", "cold", "norm"), -1.0, "measured.bits16.cold.norm"),
         (("other",), 1, "measured.other"),
     ],
 )
