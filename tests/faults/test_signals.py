@@ -102,11 +102,15 @@ def test_a_run_ended_at_a_random_moment_leaves_whole_outputs_or_none(
     trials: int, lab: Any, zygote: Any, tmp_path: Path
 ) -> None:
     chance = random.Random(trials)
-    start = time.monotonic()
-    folder = tmp_path / "whole"
-    folder.mkdir()
-    assert zygote.start(words(lab, folder)).end().code == 0
-    whole_s = time.monotonic() - start
+    laps = []
+    for name in ("whole", "again"):
+        start = time.monotonic()
+        folder = tmp_path / name
+        folder.mkdir()
+        assert zygote.start(words(lab, folder)).end().code == 0
+        laps.append(time.monotonic() - start)
+    # a machine that was busy elsewhere for a while does not stretch every pause
+    whole_s = min(laps)
     seen = set()
     for trial in range(trials):
         folder = tmp_path / str(trial)
