@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import product
+from itertools import compress, product
 from typing import NamedTuple
 
 from planner import buffers
@@ -117,6 +117,7 @@ class Space:
         self.caps = caps(problem, self.prefill, *self.vision.values())
         options = [self.prefill, *self.vision.values()]
         self.footprint = Footprint(problem, self.parts, options)
+        self.prompt_compute = least_seconds(self.prefill, self.caps[0])
         self.towers = lru_cache(maxsize=None)(self._towers)
         self.tower_bound = lru_cache(maxsize=None)(self._tower_bound)
         self.stack = lru_cache(maxsize=None)(_Stack)
@@ -167,7 +168,7 @@ class Space:
         pin = stack.pin_bound(streamed)
         if not self.problem.workload.images:
             streamed = stack.total
-        compute = least_seconds(self.prefill, self.caps[0]) + stack.small_prefill
+        compute = self.prompt_compute + stack.small_prefill
         prefill = max(compute, self.copied(streamed, first=True) + pin)
         return max(self.tower_bound(root.depth, self.caps[0]) + prefill, stack.brought + pin)
 
@@ -297,7 +298,7 @@ class Space:
         for depth, rows in product(DEPTHS, self.vocabulary_rows()):
             root, stack = Root(depth, rows), self.stack(self, rows)
             left = room - stack.fixed_decode
-            for mlp, head in product(range(stack.layers + 1), range(stack.heads + 1)):
+            for mlp, head in product(range(stack.layers + 1), (0, stack.heads)):
                 attn = stack.most_attn(depth, left, mlp, head, stack.layers)
                 if attn is None:
                     continue
@@ -410,7 +411,7 @@ class Space:
         fewer = (filling.attn - 1, filling.mlp, filling.head)
         if not filling.attn:
             fewer = (decoding.attn, filling.mlp - 1, filling.head)
-        compute = least_seconds(self.prefill, self.caps[0])
+        compute = self.prompt_compute
         vision = self.tower_bound(root.depth, self.caps[0])
         bound = self._filling_bound(decoding, fewer, compute, vision, self.rest(decoding, None))
         yield bound, Filling(decoding, *fewer)
@@ -507,6 +508,7 @@ class _Stack:
         self.attn, self.mlp = bare.units[1], bare.units[2]
         self.norm = bare.units[2 * self.layers + 1]
         self._heads = bare.units[2 * self.layers + 2 : -1]
+        self._units = [self.attn, self.mlp] * self.layers + self._heads
         self._head_bytes = [
             sum(self._heads[i] for i in spread(count, self.heads))
             for count in range(self.heads + 1)
@@ -609,13 +611,14 @@ class _Stack:
     def slots(self, residency: PhaseResidency, depth: int) -> int:
         """Bytes of the staging slots that the others use in turn."""
         attn, mlp, head = residency.positions((self.layers, self.layers, self.heads))
-        sizes = []
-        for layer in range(self.layers):
-            if layer not in attn:
-                sizes.append(self.attn)
-            if layer not in mlp:
-                sizes.append(self.mlp)
-        sizes += [size for i, size in enumerate(self._heads) if i not in head]
+        streamed = [True] * len(self._units)
+        for layer in attn:
+            streamed[2 * layer] = False
+        for layer in mlp:
+            streamed[2 * layer + 1] = False
+        for tile in head:
+            streamed[2 * self.layers + tile] = False
+        sizes = list(compress(self._units, streamed))
         return sum(max(sizes[slot::depth]) for slot in range(min(depth, len(sizes))))
 
     def streamed(self, attn: int, mlp: int, head: int) -> int:
