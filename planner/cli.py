@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import gc
 import os
 import shlex
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of one `plan`. Never a traceback for a user's mistake."""
     if arguments is None:
         gc.disable()  # this process ends soon; looking for cycles takes a tenth of its time
+        atexit.register(gc.freeze)  # and as long again at its end, if it may
     try:
         with ending_signals(for_good=arguments is None):
             return _main(list(sys.argv[1:] if arguments is None else arguments))
