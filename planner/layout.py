@@ -71,8 +71,8 @@ def place(
             offset += sizes[name]
     if height > lower:
         single = [Item(name, sizes[name], spans, _bits(spans)) for name, spans in lifetimes.items()]
-        found, single_height = _lowest_first_fit(single, lower)
-        if single_height < height:
+        found, single_height = _lowest_first_fit(single, lower, below=height)
+        if found:
             offsets, height = found, single_height
     assert height % ALIGNMENT == 0
     return Layout({name: offsets[name] for name in lifetimes}, height, lower)
@@ -107,21 +107,23 @@ _ORDERS: Sequence[Callable[[Item], tuple[int | str, ...]]] = (
 )
 
 
-def _lowest_first_fit(items: Sequence[Item], lower: int) -> tuple[dict[str, int], int]:
-    """First fit by the order that ends lowest: offsets and height."""
+def _lowest_first_fit(
+    items: Sequence[Item], lower: int, *, below: int | None = None
+) -> tuple[dict[str, int], int]:
+    """First fit by the order that ends lowest: offsets and height; no offsets where none ends `below` that height."""
     best: dict[str, int] = {}
-    best_height = -1
+    height = sum(item.size_bytes for item in items) + 1 if below is None else below
     for order in _ORDERS:
-        offsets, height = _first_fit(sorted(items, key=order))
-        if best_height < 0 or height < best_height:
-            best, best_height = offsets, height
-        if best_height <= lower:
+        found = _first_fit(sorted(items, key=order), height)
+        if found:
+            best, height = found
+        if height <= lower:
             break
-    return best, best_height
+    return best, height
 
 
-def _first_fit(items: Sequence[Item]) -> tuple[dict[str, int], int]:
-    """Each item at the lowest offset that is free throughout its life."""
+def _first_fit(items: Sequence[Item], below: int) -> tuple[dict[str, int], int] | None:
+    """Each item at the lowest offset that is free throughout its life; None where they do not end below that height."""
     placed: list[tuple[int, int, int]] = []  # (offset, end, life), by offset
     offsets: dict[str, int] = {}
     height = 0
@@ -137,6 +139,8 @@ def _first_fit(items: Sequence[Item]) -> tuple[dict[str, int], int]:
         offsets[name] = offset
         bisect.insort(placed, (offset, offset + size_bytes, life))
         height = max(height, offset + size_bytes)
+        if height >= below:
+            return None
     return offsets, height
 
 

@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 NEVER = sys.maxsize  # the least offset of what is placed already
 STOP_EVERY = 32  # nodes between two looks at `stop`
+SUSPECTS = 8  # sections looked at first, at most
 
 Intervals = tuple[tuple[int, int], ...]
 
@@ -213,7 +214,8 @@ class _Search:
         for i in range(count):
             for section in range(problem.first[i], problem.last[i] - 1):
                 self.spanning[section] += 1
-        self.failures = [0] * len(problem.members)  # how often each ended a branch, below zero
+        self.suspects: list[int] = []  # sections that ended branches, the last one first
+        self.spans = [sum(1 << section for section in found) for found in problem.sections]
         self.witness = [
             found[0] for found in problem.members
         ]  # as low as the floor, where still so
@@ -384,13 +386,13 @@ class _Search:
         node.low_mark, node.section_mark = len(self.low_trail), len(self.floor_trail)
         self.low_trail.append((buffer, low[buffer], rest_on[buffer]))
         low[buffer] = NEVER
-        total = self.total
-        for section in problem.sections[buffer]:
-            self.floor_trail.append((section, floor[section]))
+        total, sections = self.total, problem.sections[buffer]
+        self.floor_trail += [(section, floor[section]) for section in sections]
+        for section in sections:
             floor[section] = top
             total[section] -= size
-        for section in range(problem.first[buffer], problem.last[buffer] - 1):
-            spanning[section] -= 1
+        spanned = slice(problem.first[buffer], problem.last[buffer] - 1)
+        spanning[spanned] = [count - 1 for count in spanning[spanned]]
         raised: list[int] = []
         last_offset = self.height - top
         fits, final = True, True
@@ -438,33 +440,52 @@ class _Search:
         """Floors of the sections of buffers whose least offset rose; False where a section gets too high."""
         if not raised:
             return True
-        low, floor, total, height = self.low, self.floor, self.total, self.height
-        members, sections, witness = self.problem.members, self.problem.sections, self.witness
-        touched = set().union(*[sections[i] for i in raised])
-        for section in sorted(touched, key=self.failures.__getitem__):
-            if low[witness[section]] <= floor[section]:
-                continue
-            offsets = [low[i] for i in members[section]]
-            least = min(offsets)
-            witness[section] = members[section][offsets.index(least)]
-            if floor[section] < least < NEVER:
-                self.floor_trail.append((section, floor[section]))
-                floor[section] = least
-                if least + total[section] > height:
-                    self.failures[section] -= 1
+        touched = 0
+        for i in raised:
+            touched |= self.spans[i]
+        suspects = self.suspects
+        for section in suspects:
+            if touched >> section & 1:
+                if self._is_too_high(section):
+                    suspects.remove(section)
+                    suspects.insert(0, section)
                     return False
+                touched ^= 1 << section
+        while touched:
+            section = touched.bit_length() - 1
+            if self._is_too_high(section):
+                suspects[SUSPECTS - 1 :] = []
+                suspects.insert(0, section)
+                return False
+            touched ^= 1 << section
         return True
+
+    def _is_too_high(self, section: int) -> bool:
+        """Whether a section, with its floor where it is now, passes the height."""
+        low, floor, witness = self.low, self.floor, self.witness
+        if low[witness[section]] <= floor[section]:
+            return False
+        members = self.problem.members[section]
+        offsets = [low[i] for i in members]
+        least = min(offsets)
+        witness[section] = members[offsets.index(least)]
+        if not floor[section] < least < NEVER:
+            return False
+        self.floor_trail.append((section, floor[section]))
+        floor[section] = least
+        return least + self.total[section] > self.height
 
     def _undo(self, node: _Node) -> None:
         """Take the placement of a node back."""
         problem, low, rest_on, floor = self.problem, self.low, self.rest_on, self.floor
-        while len(self.floor_trail) > node.section_mark:
-            section, before = self.floor_trail.pop()
+        for section, before in reversed(self.floor_trail[node.section_mark :]):
             floor[section] = before
-        while len(self.low_trail) > node.low_mark:
-            i, low[i], rest_on[i] = self.low_trail.pop()
-        size = problem.sizes[node.buffer]
-        for section in problem.sections[node.buffer]:
-            self.total[section] += size
-        for section in range(problem.first[node.buffer], problem.last[node.buffer] - 1):
-            self.spanning[section] += 1
+        for i, least, top in reversed(self.low_trail[node.low_mark :]):
+            low[i], rest_on[i] = least, top
+        del self.floor_trail[node.section_mark :], self.low_trail[node.low_mark :]
+        buffer, total, spanning = node.buffer, self.total, self.spanning
+        size = problem.sizes[buffer]
+        for section in problem.sections[buffer]:
+            total[section] += size
+        spanned = slice(problem.first[buffer], problem.last[buffer] - 1)
+        spanning[spanned] = [count + 1 for count in spanning[spanned]]
