@@ -28,24 +28,27 @@ class Tensor(NamedTuple):
 
 def build(program: Program) -> nx.DiGraph:
     """The graph of one program. Step and copy nodes are their ids, with `index`: when a step runs, when a copy may start."""
-    graph = nx.DiGraph()
-    version: dict[str, int] = {}
+    index: dict[str, int] = {}
+    edges: list[tuple[str | Tensor, str | Tensor]] = []
+    newest: dict[str, Tensor] = {}
     by_id = {copy.id: copy for copy in program.copies}
 
     def write(node: str, buffer: str) -> None:
-        version[buffer] = version.get(buffer, -1) + 1
-        graph.add_edge(node, Tensor(buffer, version[buffer]))
+        version = newest[buffer].version + 1 if buffer in newest else 0
+        newest[buffer] = Tensor(buffer, version)
+        edges.append((node, newest[buffer]))
 
-    for index, step in enumerate(program.steps):
-        graph.add_node(step.id, index=index)
+    for number, step in enumerate(program.steps):
+        index[step.id] = number
         for waited in step.waits:
             copy = by_id[waited]
-            graph.add_node(waited, index=start_index(copy, program))
+            index[waited] = start_index(copy, program)
             write(waited, copy.buffer)
-        for buffer in (*step.reads, *([step.weights] if step.weights else [])):
-            graph.add_edge(Tensor(buffer, version[buffer]), step.id)
+        edges += [(newest[buffer], step.id) for buffer in _reads(step)]
         for buffer in step.writes:
             write(step.id, buffer)
+    graph = nx.DiGraph(edges)
+    graph.add_nodes_from((node, {"index": number}) for node, number in index.items())
     return graph
 
 

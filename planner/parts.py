@@ -314,27 +314,29 @@ class _Weights:
         looped: bool = False,
         pinned: frozenset[int] = frozenset(),
     ) -> None:
+        units, change, slack = self.bare.units, self.change, self.slack
         slots = [0] * depth
         found = list(refills(needs, depth, loop=looped))
         for need, (slot, _, _) in zip(needs, found, strict=True):
-            slots[slot] = max(slots[slot], self.bare.units[need])
+            if units[need] > slots[slot]:
+                slots[slot] = units[need]
         if looped:
-            self.change[0] += sum(slots)
-            self.slack[0] += sum(slots)
+            change[0] += sum(slots)
+            slack[0] += sum(slots)
         filled = [0] * depth
         for need, (slot, start, wraps) in zip(needs, found, strict=True):
-            size, after = self.bare.units[need], -1 if start is None or wraps else start
-            grown = max(size - filled[slot], 0)
-            filled[slot] += grown
-            if looped:
-                self.slack[after + 1] -= grown
-            else:
-                self.change[after + 1] += slots[slot]
-                self.change[need + 1] -= slots[slot]
-                self.slack[after + 1] += slots[slot] - filled[slot]
-                self.slack[need + 1] -= slots[slot] - filled[slot]
+            size, after = units[need], -1 if start is None or wraps else start
             # a slot's pages are new to its first unit; in a loop that is one of many
-            again, fresh = need >= again_from, not looped and not filled[slot] - grown
+            again, fresh = need >= again_from, not looped and not filled[slot]
+            if size > filled[slot]:
+                if looped:
+                    slack[after + 1] -= size - filled[slot]
+                filled[slot] = size
+            if not looped:
+                change[after + 1] += slots[slot]
+                change[need + 1] -= slots[slot]
+                slack[after + 1] += slots[slot] - filled[slot]
+                slack[need + 1] -= slots[slot] - filled[slot]
             cost = self._cost(size, again=again, fresh=fresh)
             if need in pinned:
                 costs = self.costs

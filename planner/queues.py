@@ -106,9 +106,7 @@ def line(steps: Sequence[float], jobs: Sequence[Job]) -> tuple[list[float], floa
             compute = landed[index]
         if not index:
             begin = compute
-        while landing and landing[0][0] <= compute:
-            landing.popleft()  # landed while nothing ran
-        compute = _pay(landing, compute + seconds)
+        compute = _paid(landing, compute, seconds) if landing else compute + seconds
         ends.append(compute)
     return ends, begin
 
@@ -144,9 +142,7 @@ def loop(steps: Sequence[float], jobs: Sequence[Job], repeats: int) -> Loop:
                 position += 1
             if landed[index] > compute:
                 compute = landed[index]
-            while landing and landing[0][0] <= compute:
-                landing.popleft()
-            compute = _pay(landing, compute + seconds)
+            compute = _paid(landing, compute, seconds) if landing else compute + seconds
             ends.append(compute)
         previous = ends
         marks.append(compute)
@@ -157,8 +153,11 @@ def loop(steps: Sequence[float], jobs: Sequence[Job], repeats: int) -> Loop:
     return Loop(marks[1], max(marks[-1] - marks[-2], copied))
 
 
-def _pay(landing: deque[tuple[float, float]], end: float) -> float:
-    """The end of a step that would end at `end`, later by what jobs that land before it steal."""
+def _paid(landing: deque[tuple[float, float]], begin: float, seconds: float) -> float:
+    """The end of a step of so many seconds, later by what jobs that land beside it steal."""
+    while landing and landing[0][0] <= begin:
+        landing.popleft()  # landed while nothing ran
+    end = begin + seconds
     while landing and landing[0][0] <= end:
         end += landing.popleft()[1]
     return end

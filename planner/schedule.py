@@ -160,7 +160,7 @@ def pinned(sizes: Sequence[int], capacity: int) -> frozenset[int]:
     low, high = 0, len(sizes) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        if sum(sizes[i] for i in spread(middle, len(sizes))) <= capacity:
+        if sum(map(sizes.__getitem__, spread(middle, len(sizes)))) <= capacity:
             low = middle
         else:
             high = middle - 1
