@@ -1,8 +1,8 @@
 """How well copies and compute overlap on the CPU when every unit is streamed; prints Markdown.
 
-    python benchmarks/streaming.py CHECKPOINT [--sizes 448x448 ...] [--depth 2] [--tokens 8] [--rounds 3] [--cold]
+    GOMP_SPINCOUNT=4000 python benchmarks/streaming.py CHECKPOINT [--sizes 448x448 ...] [--depth 3] [--tokens 8] [--rounds 3] [--cold]
 
-One plan of each size, with nothing resident, is run in three ways by turns: as it stands; with the first filling of each
+(as `execute` sets it). One plan of each size, with nothing resident, is run in three ways by turns: as it stands; with the first filling of each
 place alone, so that later copies cost nothing (compute alone: the phase's seconds less the waiting for those); and with
 no step run (reading alone: the measured read rate). Each phase must take at most 1.15 times the longer of the last two, and
 its start-up, which is the time until its first weights are there.
@@ -79,7 +79,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--sizes", nargs="+", default=["448x448"])
-    parser.add_argument("--depth", type=int, default=2, help="slots of the ring")
+    parser.add_argument("--depth", type=int, default=3, help="slots of the ring")
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cold", action="store_true")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import planner
+from executor.threads import leave_cores
 from planner.errors import DoesNotFit, InputError, LessIsFree, RunFailed, StowplanError
 from planner.files import check_target
 from planner.signals import Interrupted, ending_signals
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of one `execute`. Never a traceback for a user's mistake."""
     # numpy asks for huge pages for arrays of 4 MiB and more, also on the heap: what is freed there would stay resident
     os.environ.setdefault("NUMPY_MADVISE_HUGEPAGE", "0")
+    leave_cores()
     try:
         with ending_signals(for_good=arguments is None):
             return _main(sys.argv[1:] if arguments is None else arguments)

@@ -1,7 +1,8 @@
-"""Starting a thread without waiting for ever."""
+"""Starting a thread without waiting for ever, and cores that waiting threads leave to others."""
 
 from __future__ import annotations
 
+import os
 import threading
 
 from planner.errors import OutOfMemory
@@ -9,6 +10,15 @@ from planner.errors import OutOfMemory
 # a thread begins within microseconds, or not at all; short turns, so that a process that was stopped for minutes
 # and goes on does not count them
 TURNS, TURN_S = 100, 0.1
+
+
+def leave_cores() -> None:
+    """From now on a thread of torch's that waits for the others burns its core for some 0.2 ms, not for 15; before torch is imported.
+
+    The core is wanted by the thread that reads weights. Read by GNU's OpenMP when it is loaded; others do not spin so long.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 
 
 class _Begun(threading.Event):
