@@ -158,7 +158,7 @@ def test_a_budget_above_the_card_is_noted(run: Any) -> None:
         ("--vra 16GB", "unrecognized arguments"),
         ("nonsense", "unrecognized arguments"),
         ("--out no/such/folder/plan.json", "does not exist"),
-        ("--device t4-16gb", "float16"),
+        ("--device t4-16gb --dtype bfloat16", "float16"),
     ],
 )
 def test_bad_usage_is_one_clear_line_and_exit_code_2(run: Any, words: str, message: str) -> None:
