@@ -159,7 +159,11 @@ def settings(problem: Problem, below: float) -> Iterator[tuple[float, Choice]]:
                 if not tiles and problem.workload.images:
                     continue
                 steps = parts.seconds("vision", frame.bare, START.model_copy(update=tiles))
-                found = min(both(steps, frame.jobs)), sum(steps), frame.copy_seconds
+                found = (
+                    min(both(steps, frame.jobs, problem.costs.beside)),
+                    sum(steps),
+                    frame.copy_seconds,
+                )
                 towers.append((found, together, residency, tiles))
         if not towers:
             continue
@@ -179,10 +183,12 @@ def settings(problem: Problem, below: float) -> Iterator[tuple[float, Choice]]:
             steps = parts.seconds("prefill", frame.bare, start.model_copy(update=chosen))
             early = set(frame.early)
             filled = [
-                j._replace(seconds=0.0, stolen=0.0) if n in early else j
-                for n, j in enumerate(frame.jobs)
+                j._replace(seconds=0.0) if n in early else j for n, j in enumerate(frame.jobs)
             ]
-            alone, there = min(both(steps, frame.jobs)), min(both(steps, filled))
+            alone, there = (
+                min(both(steps, frame.jobs, problem.costs.beside)),
+                min(both(steps, filled, problem.costs.beside)),
+            )
             brought = sum(frame.jobs[n].seconds for n in early)
             for (seconds, compute, copied), together, residency, tiles in towers:
                 bounds = (

@@ -57,7 +57,7 @@ class Rates(NamedTuple):
     page_cache: int
     disk: int | None
     first_touch: int
-    stolen_share: float
+    beside: tuple[float, float]
 
 
 class Told(NamedTuple):
@@ -105,7 +105,7 @@ def probe(
         first_touch_bytes_per_s=rates.first_touch,
         create_s=create,
         image_pixels_per_s=opening,
-        stolen_share=rates.stolen_share,
+        beside=rates.beside,
     )
     found = _profile(base, measured, rates, device)
     if device == "cpu":
@@ -248,12 +248,12 @@ def _rates(bench: Bench, folder: Path | None, size_bytes: int) -> Rates:
         disk = _cold(file.fileno(), host)
         page_cache = _typical(lambda: _read(file.fileno(), host), size_bytes, 7)
         to_device = page_cache
-        stolen = _stolen_share(bench, file.fileno(), host, page_cache)
+        beside = _beside(bench, file.fileno(), host, page_cache)
         if bench.device.type == "cuda":
             pageable = _transfer(bench, host)
             to_device = _transfer(bench, host.pin_memory())
     touch = 0 if bench.device.type == "cuda" else _first_touch(size_bytes)
-    return Rates(to_device, pageable, page_cache, disk, touch, stolen)
+    return Rates(to_device, pageable, page_cache, disk, touch, beside)
 
 
 def _read(handle: int, target: Tensor) -> None:
@@ -324,10 +324,10 @@ def _first_touch(size_bytes: int) -> int:
     return round(size_bytes / statistics.median(times))
 
 
-def _stolen_share(bench: Bench, handle: int, target: Tensor, rate: int) -> float:
-    """Of the seconds that a reader takes, how many the steps beside it lose; 0 on a card."""
+def _beside(bench: Bench, handle: int, target: Tensor, rate: int) -> tuple[float, float]:
+    """How fast steps and a reader are while both run, in proportion to each alone; a card's do not share anything."""
     if bench.device.type != "cpu":
-        return 0.0
+        return 1.0, 1.0
     rows, width, heads = (256, 64, 4) if bench.sizes is SHORT else (1024, 1280, 16)
     count = 5 if bench.sizes is SHORT else 24
     x, y, out = (bench.numbers(rows, width, dtype=torch.bfloat16) for _ in range(3))
@@ -367,15 +367,16 @@ def _stolen_share(bench: Bench, handle: int, target: Tensor, rate: int) -> float
                     moved[0] += os.preadv(handle, [view[start : start + READ_BYTES]], start)
 
         if not hasattr(os, "preadv"):
-            return 1.0
+            return 0.5, 1.0
         reader = threading.Thread(target=read)
         start_thread(reader, "a reader beside steps")
         beside = work()
         stop.set()
         reader.join()
-        if moved[0]:
-            shares.append((beside - alone) / (moved[0] / rate))
-    return min(2.0, max(0.0, round(statistics.median(shares), 3))) if shares else 1.0
+        shares.append((alone / beside, moved[0] / rate / beside))
+    found = (statistics.median(share) for share in zip(*shares, strict=True))
+    compute, copy = (round(min(1.0, max(0.01, share)), 3) for share in found)
+    return compute, copy
 
 
 def _pixel_values_per_s(side_px: int) -> int:

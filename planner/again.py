@@ -182,7 +182,8 @@ def _seconds(problem: Problem, plan: Plan, first: int, by_kind: dict[str, float]
     if first:
         copies = [copy for copy in copies if copy.phase != "vision"]
     seconds = [by_kind.get(step.kind, step.seconds) for step in steps]
-    return line(seconds, list(_jobs(problem, plan, first, steps, copies)))[0][-1]
+    jobs = list(_jobs(problem, plan, first, steps, copies))
+    return line(seconds, jobs, problem.costs.beside)[0][-1]
 
 
 def _jobs(
@@ -207,7 +208,6 @@ def _jobs(
             need[copy.id],
             after,
             problem.costs.copy(size, first=False, cached=problem.cached, fresh=fresh),
-            problem.costs.stolen(size, fresh=fresh),
         )
 
 

@@ -120,12 +120,12 @@ def draft(problem: Problem, choice: Choice, prefetch_after: dict[str, int] | Non
     )
     head_rows = min(choice.tiles.vocabulary_rows, problem.model.text.vocabulary)
     step_seconds = [problem.seconds_of(step, choice.tiles, head_rows) for step in drafted.steps]
-    copy_seconds, stolen = _copy_seconds(problem, drafted)
+    copy_seconds = _copy_seconds(problem, drafted)
     found: list[Draft] = []
     for patient in (True, False):
         copies = queue_order(drafted, step_seconds, copy_seconds, patient=patient)
         ordered = replace(drafted, copies=copies)
-        time = timeline(ordered, step_seconds, copy_seconds, stolen)
+        time = timeline(ordered, step_seconds, copy_seconds, problem.costs.beside)
         found.append(Draft(ordered, step_seconds, copy_seconds, time))
     return min(found, key=lambda d: d.time.seconds)
 
@@ -279,12 +279,12 @@ def _host_bytes(problem: Problem, drafted: Program) -> list[int]:
     return host
 
 
-def _copy_seconds(problem: Problem, drafted: Program) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds of each copy, and seconds that it steals from the steps beside it."""
+def _copy_seconds(problem: Problem, drafted: Program) -> dict[str, float]:
+    """Seconds of each copy."""
     seen: set[str] = set()
     touched: set[str] = set()
     pinned = set(drafted.pinned)
-    seconds, stolen = {}, {}
+    seconds: dict[str, float] = {}
     for copy in drafted.copies:
         first = copy.unit not in seen
         seen.add(copy.unit)
@@ -293,15 +293,13 @@ def _copy_seconds(problem: Problem, drafted: Program) -> tuple[dict[str, float],
         touched.add(copy.buffer)
         if copy.source == "host":
             seconds[copy.id] = problem.costs.from_host(copy.size_bytes)
-            stolen[copy.id] = 0.0
             continue
         seconds[copy.id] = problem.costs.copy(
             copy.size_bytes, first=first, cached=problem.cached, fresh=fresh
         )
         if first and copy.unit in pinned:
             seconds[copy.id] += problem.costs.pin(copy.size_bytes)
-        stolen[copy.id] = problem.costs.stolen(copy.size_bytes, fresh=fresh)
-    return seconds, stolen
+    return seconds
 
 
 # --- the plan -----------------------------------------------------------------------------------------------------

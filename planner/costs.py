@@ -14,6 +14,7 @@ from functools import lru_cache
 from planner.calls import Calls
 from planner.plan import DTYPE_BYTES, Image, Kind, ModelShape, Tiles, spans, window_tiles
 from planner.profile import DeviceProfile
+from planner.queues import APART, Beside
 from planner.template import unit_sizes
 
 # passes over a tile's rows that elementwise kernels make, in elements read or written (norm: upcast, square, scale,
@@ -48,6 +49,13 @@ class Costs:
         sizes = unit_sizes(model, model.text.vocabulary)
         # on the CPU files stay in the page cache, also from one run to the next, where they fit in memory beside the arena
         self.warm = profile.kind == "cpu" and 2 * sum(sizes.values()) <= profile.usable_bytes
+        self.beside = APART
+        if profile.kind == "cpu":
+            # the reader takes the place of one thread
+            threads = max(2, profile.threads or 2)
+            self.beside = Beside((threads - 1) / threads)
+        if profile.measured:
+            self.beside = Beside(*profile.measured.beside)
         self._calls = None
         if profile.measured:
             token = sum(size for unit, size in sizes.items() if unit.startswith("text/"))
@@ -212,14 +220,3 @@ class Costs:
         measured = self.profile.measured
         rate = measured.first_touch_bytes_per_s if measured else 0
         return size_bytes / rate if rate else 0.0
-
-    def stolen(self, size_bytes: int, *, fresh: bool = False) -> float:
-        """Seconds that a copy takes from the steps beside it: on the CPU it is a core's work, on a card nothing."""
-        if self.profile.kind != "cpu":
-            return 0.0
-        work = size_bytes / self.profile.page_cache_bytes_per_s
-        if self.converts:
-            work += size_bytes / CONVERTED_BYTES_PER_S
-        if fresh:
-            work += self.touch(size_bytes)
-        return work * (self.profile.measured.stolen_share if self.profile.measured else 1.0)

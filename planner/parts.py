@@ -16,7 +16,7 @@ from typing import NamedTuple
 from planner import buffers
 from planner.plan import Kind, Tiles
 from planner.problem import Problem
-from planner.queues import Job, Loop, line, loop, queue
+from planner.queues import Beside, Job, Loop, line, loop, queue
 from planner.schedule import LOOKAHEAD, Choice, PhaseResidency, pinned, refills
 from planner.workload import host_bytes
 
@@ -229,7 +229,7 @@ class Parts:
     ) -> Loop:
         frame = self.decode(residency, prefill, depth, tiles.vocabulary_rows)
         steps = self.seconds("decode", frame.bare, tiles)
-        return loop(steps, frame.jobs, self.repeats)
+        return loop(steps, frame.jobs, self.repeats, self.problem.costs.beside)
 
     # --- tiles --------------------------------------------------------------------------------------------------
 
@@ -273,19 +273,19 @@ class _Weights:
     def __init__(self, problem: Problem, bare: Bare) -> None:
         self.costs, self.cached = problem.costs, problem.cached
         self.by_pages = problem.on_cpu
-        self.known: dict[tuple[int, bool, bool], tuple[float, float]] = {}
+        self.known: dict[tuple[int, bool, bool], float] = {}
         self.bare = bare
         self.change = [0] * (len(bare.kinds) + 1)
         self.slack = [0] * (len(bare.kinds) + 1)  # of staging slots, beyond the unit in them
         self.found: list[tuple[int, Job, int, bool]] = []
 
-    def _cost(self, size: int, *, again: bool, fresh: bool) -> tuple[float, float]:
-        """Seconds of a copy, and what it steals."""
+    def _cost(self, size: int, *, again: bool, fresh: bool) -> float:
+        """Seconds of a copy."""
         key = (size, again, fresh)
         known = self.known.get(key)
         if known is None:
-            seconds = self.costs.copy(size, first=not again, cached=self.cached, fresh=fresh)
-            known = self.known[key] = seconds, self.costs.stolen(size, fresh=fresh)
+            known = self.costs.copy(size, first=not again, cached=self.cached, fresh=fresh)
+            self.known[key] = known
         return known
 
     def own(
@@ -303,7 +303,7 @@ class _Weights:
         self.change[death] -= size
         if not brought:
             cost = self._cost(size, again=again, fresh=True)
-            self.found.append((need, Job(need, after, *cost, False, again), size, True))
+            self.found.append((need, Job(need, after, cost, False, again), size, True))
 
     def streamed(
         self,
@@ -340,10 +340,8 @@ class _Weights:
             cost = self._cost(size, again=again, fresh=fresh)
             if need in pinned:
                 costs = self.costs
-                cost = (
-                    (costs.from_host(size), 0.0) if looped else (cost[0] + costs.pin(size), cost[1])
-                )
-            job = Job(need, -1 if start is None else start, *cost, wraps)
+                cost = costs.from_host(size) if looped else cost + costs.pin(size)
+            job = Job(need, -1 if start is None else start, cost, wraps)
             self.found.append((need, job, size, False))
 
     def frame(self) -> Frame:
@@ -368,15 +366,15 @@ class _Weights:
 # --- the whole ----------------------------------------------------------------------------------------------------
 
 
-def both(steps: Sequence[float], jobs: Sequence[Job]) -> tuple[float, float]:
+def both(steps: Sequence[float], jobs: Sequence[Job], beside: Beside) -> tuple[float, float]:
     """Seconds from both queues idle to the end of the last step: with a patient queue, and with another."""
     if not steps:
         return 0.0, 0.0
     patient, other = (queue(steps, jobs, patient=patient) for patient in (True, False))
-    first = line(steps, [jobs[number] for number in patient])[0][-1]
+    first = line(steps, [jobs[number] for number in patient], beside)[0][-1]
     if patient == other:
         return first, first
-    return first, line(steps, [jobs[number] for number in other])[0][-1]
+    return first, line(steps, [jobs[number] for number in other], beside)[0][-1]
 
 
 class Worked(NamedTuple):
@@ -415,10 +413,15 @@ def worked(parts: Parts, choice: Choice) -> Worked:
         held = max(held, parts.held("decode", decode, tiles))
         loop_ = parts.looped(choice.decode, choice.prefill, choice.depth, tiles)
         rest = loop_.seconds(parts.repeats)
+    beside = parts.problem.costs.beside
     vision_steps = parts.seconds("vision", vision.bare, tiles)
     prefill_steps = parts.seconds("prefill", prefill.bare, tiles)
     if choice.order == "vision_then_llm" or not (first or live):
-        pairs = zip(both(vision_steps, vision.jobs), both(prefill_steps, prefill.jobs), strict=True)
+        pairs = zip(
+            both(vision_steps, vision.jobs, beside),
+            both(prefill_steps, prefill.jobs, beside),
+            strict=True,
+        )
         return Worked(min(v + p for v, p in pairs) + rest, peak, held)
     room = peak - choice.spare_bytes
     count, sizes = len(live), [prefill.sizes[number] for number in prefill.early]
@@ -434,7 +437,7 @@ def worked(parts: Parts, choice: Choice) -> Worked:
         early += change[index]
         peak = max(peak, live[index] + early)
     everything = sorted([*vision.jobs, *jobs], key=lambda job: job.need)
-    return Worked(min(both([*vision_steps, *prefill_steps], everything)) + rest, peak, held)
+    return Worked(min(both([*vision_steps, *prefill_steps], everything, beside)) + rest, peak, held)
 
 
 def early_starts(free: Sequence[int], sizes: Sequence[int]) -> list[int]:

@@ -1,8 +1,7 @@
 """Seconds of two queues, by the indexes of steps alone: no names, no buffers, so that thousands of settings can be timed.
 
 The compute queue runs steps in order; a step waits for the copies that it needs. The copy queue runs *jobs* in order;
-a job waits for the step it comes after. On the CPU both use the same cores: what a copy steals is paid by the step
-beside which it ends.
+a job waits for the step it comes after. On the CPU both use the same cores: while both run, each is slower (`Beside`).
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ class Job(NamedTuple):
     need: int
     after: int
     seconds: float
-    stolen: float = 0.0
     wraps: bool = False
     once: bool = False
 
@@ -32,6 +30,16 @@ class Loop(NamedTuple):
 
     def seconds(self, repeats: int) -> float:
         return self.first + (repeats - 1) * self.period if repeats else 0.0
+
+
+class Beside(NamedTuple):
+    """How fast each queue is while both run, in proportion to itself alone."""
+
+    compute: float = 1.0
+    copy: float = 1.0
+
+
+APART = Beside()
 
 
 def queue(steps: Sequence[float], jobs: Sequence[Job], *, patient: bool) -> list[int]:
@@ -83,48 +91,102 @@ def queue(steps: Sequence[float], jobs: Sequence[Job], *, patient: bool) -> list
     return order + [number for _, number in released]
 
 
-def line(steps: Sequence[float], jobs: Sequence[Job]) -> tuple[list[float], float]:
+def line(
+    steps: Sequence[float], jobs: Sequence[Job], beside: Beside = APART
+) -> tuple[list[float], float]:
     """When each step ends, and when the first begins; `jobs` in the order of their queue."""
+    if beside != APART:
+        return _shared(steps, jobs, beside)
     ends: list[float] = []
     landed = [0.0] * len(steps)
-    landing: deque[tuple[float, float]] = deque()  # (end, stolen) of jobs no step has paid for
     begin = compute = copying = 0.0
     position, count = 0, len(jobs)
     for index, seconds in enumerate(steps):
         # the queue stops at the first job that comes after a step not yet run
         while position < count and jobs[position].after < index:
-            need, after, duration, stolen, _, _ = jobs[position]
+            need, after, duration, _, _ = jobs[position]
             if after >= 0 and ends[after] > copying:
                 copying = ends[after]
             copying += duration
             if copying > landed[need]:
                 landed[need] = copying
-            if stolen:
-                landing.append((copying, stolen))
             position += 1
         if landed[index] > compute:
             compute = landed[index]
         if not index:
             begin = compute
-        compute = _paid(landing, compute, seconds) if landing else compute + seconds
+        compute += seconds
         ends.append(compute)
     return ends, begin
 
 
-def loop(steps: Sequence[float], jobs: Sequence[Job], repeats: int) -> Loop:
+def _shared(
+    steps: Sequence[float], jobs: Sequence[Job], beside: Beside
+) -> tuple[list[float], float]:
+    """The same from event to event, where the queues slow one another down."""
+    # how many jobs must have ended before each step
+    needed = [0] * len(steps)
+    for number, job in enumerate(jobs):
+        needed[job.need] = number + 1
+    ends: list[float] = []
+    begin = now = 0.0
+    landed, left = 0, [seconds for _, _, seconds, *_ in jobs]
+    for index, seconds in enumerate(steps):
+        rest = seconds
+        while True:
+            copies = landed < len(jobs) and jobs[landed].after < index
+            computes = landed >= needed[index]
+            if computes and not ends and rest == seconds:
+                begin = now
+            if not (copies and computes):
+                if computes:
+                    now += rest
+                    break
+                assert copies, f"step {index} waits for a copy that waits for it"
+                now += left[landed]
+                landed += 1
+                continue
+            compute_s, copy_s = rest / beside.compute, left[landed] / beside.copy
+            if compute_s <= copy_s:
+                now += compute_s
+                left[landed] -= compute_s * beside.copy
+                break
+            now += copy_s
+            rest -= copy_s * beside.compute
+            landed += 1
+        ends.append(now)
+    return ends, begin
+
+
+def loop(steps: Sequence[float], jobs: Sequence[Job], repeats: int, beside: Beside = APART) -> Loop:
     """Seconds of the first iteration and of a steady one of a loop that begins with both queues idle; `jobs` by need."""
+    iterations = min(ITERATIONS, repeats)
+    if beside == APART:
+        marks = [0.0, *_walked(steps, jobs, iterations)]
+    else:
+        # one more, so that copies for the next lie beside the last that counts
+        written = _unrolled(steps, jobs, min(iterations + 1, repeats), beside)
+        marks = [0.0, *written[:iterations]]
+    if len(marks) < 3:
+        return Loop(marks[-1], 0.0)
+    # what the first iterations had in hand does not last
+    copied = sum(job.seconds for job in jobs if not job.once)
+    return Loop(marks[1], max(marks[-1] - marks[-2], copied))
+
+
+def _walked(steps: Sequence[float], jobs: Sequence[Job], iterations: int) -> list[float]:
+    """When each iteration ends."""
     compute = copying = 0.0
-    marks = [0.0]
+    marks: list[float] = []
     previous = [0.0] * len(steps)
-    landing: deque[tuple[float, float]] = deque()
-    for iteration in range(min(ITERATIONS, repeats)):
+    for iteration in range(iterations):
         ends: list[float] = []
         landed = [0.0] * len(steps)
         current = [job for job in jobs if not job.once] if iteration else jobs
         position, count = 0, len(current)
         for index, seconds in enumerate(steps):
             while position < count:
-                need, after, duration, stolen, wraps, _ = current[position]
+                need, after, duration, wraps, _ = current[position]
                 if wraps:
                     ready = previous[after]
                 elif after < 0:
@@ -137,27 +199,30 @@ def loop(steps: Sequence[float], jobs: Sequence[Job], repeats: int) -> Loop:
                     copying = ready
                 copying += duration
                 landed[need] = copying
-                if stolen:
-                    landing.append((copying, stolen))
                 position += 1
             if landed[index] > compute:
                 compute = landed[index]
-            compute = _paid(landing, compute, seconds) if landing else compute + seconds
+            compute += seconds
             ends.append(compute)
         previous = ends
         marks.append(compute)
-    if len(marks) < 3:
-        return Loop(marks[-1], 0.0)
-    # what the first iterations had in hand does not last
-    copied = sum(job.seconds for job in jobs if not job.once)
-    return Loop(marks[1], max(marks[-1] - marks[-2], copied))
+    return marks
 
 
-def _paid(landing: deque[tuple[float, float]], begin: float, seconds: float) -> float:
-    """The end of a step of so many seconds, later by what jobs that land beside it steal."""
-    while landing and landing[0][0] <= begin:
-        landing.popleft()  # landed while nothing ran
-    end = begin + seconds
-    while landing and landing[0][0] <= end:
-        end += landing.popleft()[1]
-    return end
+def _unrolled(
+    steps: Sequence[float], jobs: Sequence[Job], iterations: int, beside: Beside
+) -> list[float]:
+    """The same with the loop written out."""
+    count = len(steps)
+    written = []
+    for number in range(iterations):
+        start = number * count
+        for job in jobs:
+            if job.once and number:
+                continue
+            after = -1
+            if job.after >= 0:
+                after = start + job.after - (count if job.wraps else 0)
+            written.append(Job(start + job.need, max(after, -1), job.seconds))
+    ends, _ = _shared([*steps] * iterations, written, beside)
+    return [ends[(number + 1) * count - 1] for number in range(iterations)] if steps else []

@@ -11,12 +11,13 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import get_args
+from typing import Annotated, get_args
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from planner.plan import Frozen, Kind
 
+Share = Annotated[float, Field(gt=0, le=1)]
 Curve = tuple[tuple[PositiveInt, PositiveFloat], ...]  # (size, seconds), sizes ascending
 
 
@@ -177,7 +178,8 @@ class Measured(Frozen):
     first_touch_bytes_per_s: int = Field(ge=0)  # new pages of the arena, the CPU alone; else 0
     create_s: float = Field(ge=0)  # of a product whose shape is multiplied for the first time
     image_pixels_per_s: PositiveInt  # of image files: decoded and resized
-    stolen_share: float = Field(ge=0, le=2)  # of a copy's seconds, lost by the steps beside it
+    # how fast steps and copies are while both run, in proportion to each alone: on the CPU they share the cores
+    beside: tuple[Share, Share]
 
     @model_validator(mode="after")
     def _every_kind(self) -> Measured:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from planner.allocator import Block, CachingAllocator, Settings, parse_settings
 from planner.graph import Intervals, start_index
 from planner.plan import DTYPE_BYTES, Kept, ModelShape, Outside, Phase, Workload
-from planner.queues import Job, line, loop, queue
+from planner.queues import APART, Beside, Job, line, loop, queue
 from planner.schedule import CopyDraft, Program
 from planner.workspace import peak_bytes
 
@@ -40,7 +40,7 @@ def queue_order(
     """The copies in the order of their queue (`planner.queues.queue`); those of decode keep theirs."""
     copies = [copy for copy in program.copies if copy.phase != "decode"]
     steps = step_seconds[: program.decode_start]
-    order = queue(steps, _jobs(copies, copy_seconds, {}), patient=patient)
+    order = queue(steps, _jobs(copies, copy_seconds), patient=patient)
     decode = (copy for copy in program.copies if copy.phase == "decode")
     return (*(copies[number] for number in order), *decode)
 
@@ -49,18 +49,16 @@ def timeline(
     program: Program,
     step_seconds: Sequence[float],
     copy_seconds: Mapping[str, float],
-    stolen_seconds: Mapping[str, float] | None = None,
+    beside: Beside = APART,
 ) -> Timeline:
     """Longest path over the two queues.
 
     A step starts when the step before it and the copies it waits for have ended; a copy starts when the copy before it
-    and the step it comes after have ended. `stolen_seconds` of a copy are taken from the step beside which it ends
-    (on the CPU both use the same cores). The decode loop is walked a few times and its steady period repeated.
+    and the step it comes after have ended. `beside`: how fast each queue is while both run. The decode loop is walked a few times and its steady period repeated.
     """
-    stolen = stolen_seconds or {}
     start = program.decode_start
     copies = [copy for copy in program.copies if copy.phase != "decode"]
-    ends, begin = line(step_seconds[:start], _jobs(copies, copy_seconds, stolen))
+    ends, begin = line(step_seconds[:start], _jobs(copies, copy_seconds), beside)
     load = begin if program.choice.order == "all_first" else 0.0
     boundaries: dict[Phase, float] = {}
     for step, end in zip(program.steps, ends, strict=False):
@@ -78,9 +76,8 @@ def timeline(
     if not repeats:
         return Timeline(load, phases, before)
     copies = [copy for copy in program.copies if copy.phase == "decode"]
-    seconds = loop(
-        step_seconds[start:], _jobs(copies, copy_seconds, stolen, start), repeats
-    ).seconds(repeats)
+    jobs = _jobs(copies, copy_seconds, start)
+    seconds = loop(step_seconds[start:], jobs, repeats, beside).seconds(repeats)
     busy = sum(step_seconds[start:]) * repeats
     moved = sum(copy_seconds[c.id] * (1 if c.once else repeats) for c in copies)
     phases["decode"] = PhaseTime(seconds, busy, moved)
@@ -90,7 +87,6 @@ def timeline(
 def _jobs(
     copies: Sequence[CopyDraft],
     copy_seconds: Mapping[str, float],
-    stolen: Mapping[str, float],
     start: int = 0,
 ) -> list[Job]:
     """The copies as the queues see them, steps counted from `start`; what comes after an earlier step may start at once."""
@@ -99,7 +95,6 @@ def _jobs(
             copy.need - start,
             max(copy.after - start, -1),
             copy_seconds[copy.id],
-            stolen.get(copy.id, 0.0),
             copy.wraps,
             copy.once,
         )

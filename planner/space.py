@@ -31,7 +31,7 @@ from planner.fronts import (
 from planner.parts import Frame, Parts, both
 from planner.plan import Order, Tiles
 from planner.problem import Problem
-from planner.queues import line
+from planner.queues import Beside, line
 from planner.schedule import Anchor, Choice, PhaseResidency, spread
 
 UNLIMITED = float("inf")
@@ -95,10 +95,11 @@ class Prompt:
     steps: list[float]
     seconds_filled: float
     resident_copy_seconds: float
+    beside: Beside
 
     @cached_property
     def seconds(self) -> tuple[float, float]:
-        return both(self.steps, self.frame.jobs)
+        return both(self.steps, self.frame.jobs, self.beside)
 
 
 class Space:
@@ -201,7 +202,7 @@ class Space:
                 if tiles is None:
                     continue
                 steps = self.parts.seconds("vision", frame.bare, START.model_copy(update=tiles))
-                seconds = both(steps, frame.jobs)
+                seconds = both(steps, frame.jobs, self.problem.costs.beside)
                 found.append(
                     Tower(together, residency, tiles, seconds, sum(steps), frame.copy_seconds)
                 )
@@ -447,6 +448,7 @@ class Space:
             steps,
             line(steps, staged)[0][-1],
             sum(frame.jobs[number].seconds for number in early),
+            self.problem.costs.beside,
         )
 
     # --- settings -------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def measured(**changes: Any) -> Measured:
         "step_s": dict.fromkeys(KINDS, (0.0, 0.0)),
         "copy_s": 1e-12,
         "first_touch_bytes_per_s": 0,
-        "stolen_share": 1.0,
+        "beside": (0.5, 0.8),
         "create_s": 1e-12,
         "image_pixels_per_s": 10**9,
     }
@@ -194,11 +194,11 @@ def test_files_count_as_cached_only_where_they_fit_beside_the_arena(model: Model
     assert not Costs(model, load_profile("rtx-5080-16gb")).warm
 
 
-def test_what_a_copy_steals_is_a_share_of_its_work(model: ModelShape) -> None:
-    costs = Costs(model, toy(stolen_share=0.5, first_touch_bytes_per_s=10**9))
-    assert costs.stolen(10**9) == pytest.approx(0.5)
-    assert costs.stolen(10**9, fresh=True) == pytest.approx(1.0)
-    assert Costs(model, load_profile("rtx-5080-16gb")).stolen(10**9) == 0.0
+def test_queues_share_the_cores_of_a_cpu_and_nothing_of_a_card(model: ModelShape) -> None:
+    assert Costs(model, toy(beside=(0.25, 0.75))).beside == (0.25, 0.75)
+    unmeasured = toy().model_copy(update={"measured": None, "threads": 4})
+    assert Costs(model, unmeasured).beside == (0.75, 1.0)
+    assert Costs(model, load_profile("rtx-5080-16gb")).beside == (1.0, 1.0)
 
 
 def every_kind(costs: Costs, rows_of: Callable[[int], Any]) -> dict[str, Callable[[int], float]]:

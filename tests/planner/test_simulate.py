@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from planner.allocator import CachingAllocator
 from planner.plan import Kept, Outside
+from planner.queues import Beside, Job, line, loop
 from planner.schedule import PhaseResidency, Program, program
 from planner.simulate import Ranges, card_bytes, queue_order, timeline
 from planner.template import unit_sizes
@@ -225,8 +226,66 @@ def test_where_all_weights_come_first_the_first_step_waits_for_every_resident(ki
     assert found.load_seconds >= len(residents)
 
 
-def test_what_a_copy_steals_is_paid_by_the_step_beside_it(kit: Any) -> None:
-    made, steps, copies = drawn(kit, random.Random(3), new=5)
-    alone = timeline(made, steps, copies)
-    assert timeline(made, steps, copies, dict.fromkeys(copies, 0.0)) == alone
-    assert timeline(made, steps, copies, dict.fromkeys(copies, 0.01)).seconds > alone.seconds
+# --- queues that share their cores ------------------------------------------------------------------------------------
+
+
+def ticked(steps: list[int], jobs: list[Job], beside: Beside) -> list[float]:
+    """When each step ends, by a clock that ticks and gives both queues their share of each tick."""
+    tick, now, done, ended = 1 / 64, 0.0, 0, []
+    left = [float(job.seconds) for job in jobs]
+    for index, seconds in enumerate(steps):
+        rest = float(seconds)
+        while rest > 1e-9:
+            copies = done < len(jobs) and jobs[done].after < index
+            computes = not any(job.need == index for job in jobs[done:])
+            both = copies and computes
+            if computes:
+                rest -= tick * (beside.compute if both else 1)
+            if copies:
+                left[done] -= tick * (beside.copy if both else 1)
+                if left[done] <= 1e-9:
+                    done += 1
+            now += tick
+        ended.append(now)
+    return ended
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_queues_that_share_their_cores_give_each_its_part_of_every_moment(seed: int) -> None:
+    draw = random.Random(seed)
+    steps = [draw.randint(1, 6) for _ in range(8)]
+    needs = sorted(draw.randrange(8) for _ in range(6))
+    jobs = [
+        Job(need, draw.randint(-1, need - 1), draw.randint(1, 6), False, False) for need in needs
+    ]
+    # halves and quarters, so that every event falls on a tick
+    beside = Beside(draw.choice((0.5, 1.0)), draw.choice((0.5, 0.25, 1.0)))
+    found, _ = line(steps, jobs, beside)
+    assert found == pytest.approx(ticked(steps, jobs, beside), abs=0.5)
+    alone, _ = line(steps, jobs)
+    assert found[-1] >= alone[-1] - 1e-9
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_queues_that_do_not_slow_each_other_are_the_plain_ones(seed: int) -> None:
+    draw = random.Random(seed)
+    steps = [draw.uniform(0, 2) for _ in range(8)]
+    jobs = []
+    for need in sorted(draw.randrange(8) for _ in range(6)):
+        wraps = draw.random() < 0.3
+        after = draw.randint(need, 7) if wraps else draw.randint(-1, need - 1)
+        jobs.append(Job(need, after, draw.uniform(0, 2), wraps, not wraps and draw.random() < 0.2))
+    nearly = Beside(1 - 1e-12, 1.0)
+    assert loop(steps, jobs, 30, nearly) == pytest.approx(loop(steps, jobs, 30))
+    once = [job for job in jobs if not job.wraps]
+    ends, begin = line(steps, once)
+    shared_ends, shared_begin = line(steps, once, nearly)
+    assert shared_ends == pytest.approx(ends)
+    assert shared_begin == pytest.approx(begin)
+
+
+def test_a_shared_loop_of_long_copies_is_slowed_by_its_steps() -> None:
+    steps, jobs = [1.0, 1.0], [Job(0, 0, 3.0, True, False), Job(1, 1, 3.0, True, False)]
+    # copies alone take 6 s a period; for 2 / 0.5 s of it they are at half speed, so 2 s come on top
+    assert loop(steps, jobs, 30, Beside(0.5, 0.5)).period == pytest.approx(8.0)
+    assert loop(steps, jobs, 30).period == pytest.approx(6.0)
