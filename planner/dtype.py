@@ -30,8 +30,8 @@ def in_dtype(checkpoint: Checkpoint, device: DeviceProfile, wanted: str = "auto"
     elif (stored, wanted) == ("bfloat16", "float16"):
         shape = checkpoint.shape.model_copy(update={"dtype": wanted, "stored": stored})
     else:
+        fitting = "float16 or bfloat16" if wanted == "float16" else wanted
         raise InputError(
-            f"--dtype {wanted}: wanted weights stored in {wanted}, or in bfloat16 for float16, found {stored} in "
-            f"{checkpoint.shape.name}; leave it out"
+            f"--dtype {wanted}: wanted weights stored in {fitting}, found {stored} in {checkpoint.shape.name}; leave it out"
         )
     return replace(checkpoint, shape=shape)

@@ -20,7 +20,10 @@ def test_a_budget_without_a_proper_unit_is_refused_by_both_commands(size: str, k
     [
         (["--device", "abacus"], "abacus"),
         (["--device", ""], "device"),
-        (["--device", "t4", "--dtype", "bfloat16"], "--dtype bfloat16: wanted a device that has it"),
+        (
+            ["--device", "t4", "--model", "7b", "--dtype", "bfloat16"],
+            "--dtype bfloat16: wanted a device that has it",
+        ),
         (["--model", "7b", "--dtype", "half"], "invalid choice"),
         (["--max-new-tokens", "0"], "wanted at least 1, found 0"),
         (["--max-new-tokens", "-3"], "wanted at least 1, found -3"),
