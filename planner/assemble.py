@@ -107,23 +107,32 @@ class Draft(NamedTuple):
     time: Timeline
 
 
-def draft(problem: Problem, choice: Choice, prefetch_after: dict[str, int] | None = None) -> Draft:
-    """The program of a choice and its seconds; of two ways to order the copy queue the faster."""
-    sizes = problem.unit_sizes(choice.tiles.vocabulary_rows)
-    drafted = program(
+def program_of(
+    problem: Problem, choice: Choice, prefetch_after: dict[str, int] | None = None
+) -> Program:
+    """The program of a choice, its copies not yet in the order of their queue."""
+    return program(
         choice,
         problem.model,
         problem.workload,
-        sizes,
+        problem.unit_sizes(choice.tiles.vocabulary_rows),
         prefetch_after=prefetch_after,
         pinned_bytes=problem.pinned_bytes,
     )
+
+
+def draft(problem: Problem, choice: Choice, prefetch_after: dict[str, int] | None = None) -> Draft:
+    """The program of a choice and its seconds; of two ways to order the copy queue the faster."""
+    drafted = program_of(problem, choice, prefetch_after)
     head_rows = min(choice.tiles.vocabulary_rows, problem.model.text.vocabulary)
     step_seconds = [problem.seconds_of(step, choice.tiles, head_rows) for step in drafted.steps]
     copy_seconds = _copy_seconds(problem, drafted)
+    orders = [
+        queue_order(drafted, step_seconds, copy_seconds, patient=patient)
+        for patient in (True, False)
+    ]
     found: list[Draft] = []
-    for patient in (True, False):
-        copies = queue_order(drafted, step_seconds, copy_seconds, patient=patient)
+    for copies in orders if orders[0] != orders[1] else orders[:1]:
         ordered = replace(drafted, copies=copies)
         time = timeline(ordered, step_seconds, copy_seconds, problem.costs.beside)
         found.append(Draft(ordered, step_seconds, copy_seconds, time))

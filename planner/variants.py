@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from planner.assemble import Evaluated, evaluate
+from planner.assemble import Evaluated, evaluate, program_of
+from planner.graph import lifetimes_of, live_bytes
 from planner.parts import early_starts
 from planner.plan import Order, Variant
 from planner.problem import Problem
@@ -12,32 +13,28 @@ from planner.schedule import Choice, PhaseResidency
 
 
 def evaluate_ordered(problem: Problem, choice: Choice, *, quick: bool = False) -> Evaluated:
-    """Any setting worked out; under `prefetch` after the plain order, whose free bytes it fills."""
-    if choice.order != "prefetch":
-        return evaluate(problem, choice, quick=quick)
-    base = evaluate(problem, replace(choice, order="vision_then_llm"), quick=True)
-    return prefetched(problem, choice, base, quick=quick)
+    """Any setting worked out; under `prefetch` in the bytes that the plain order leaves free."""
+    after = _early(problem, choice) if choice.order == "prefetch" else None
+    return evaluate(problem, choice, prefetch_after=after, quick=quick)
 
 
-def prefetched(
-    problem: Problem, choice: Choice, base: Evaluated, *, quick: bool = False
-) -> Evaluated:
-    """The order `prefetch`: each LLM resident arrives as early as its bytes are free until its death, under the peak that the plain order has anyway."""
-    drafted = base.program
-    live = [step.live for step in base.bytes]
+def _early(problem: Problem, choice: Choice) -> dict[str, int]:
+    """After which step each LLM resident arrives under `prefetch`: as early as its bytes are free until its death, under the peak that the plain order has anyway."""
+    plain = program_of(problem, replace(choice, order="vision_then_llm"))
+    sizes = {name: buffer.size_bytes for name, buffer in plain.buffers.items()}
+    live = live_bytes(lifetimes_of(plain), sizes, len(plain.steps))
     early = sorted(
         (
             copy
-            for copy in drafted.copies
+            for copy in plain.copies
             if copy.phase == "prefill" and copy.buffer.startswith("weights/")
         ),
         key=lambda copy: copy.need,
     )
-    free = [max(live) - choice.spare_bytes - held for held in live[: drafted.starts["prefill"]]]
+    room = max(live) - choice.spare_bytes
+    free = [room - held for held in live[: plain.starts["prefill"]]]
     starts = early_starts(free, [copy.size_bytes for copy in early])
-    after = {copy.unit: start - 1 for copy, start in zip(early, starts, strict=True)}
-    choice = replace(choice, order="prefetch")
-    return evaluate(problem, choice, prefetch_after=after, quick=quick)
+    return {copy.unit: start - 1 for copy, start in zip(early, starts, strict=True)}
 
 
 def variants(problem: Problem, best: Evaluated) -> tuple[Variant, ...]:
