@@ -62,15 +62,17 @@ def lifetimes(graph: nx.DiGraph, program: Program) -> dict[str, Intervals]:
 
     A version is born when its writer starts and dies after the last step that reads it.
     """
-    index = graph.nodes(data="index")
+    index = dict(graph.nodes(data="index"))
+    births: dict[Tensor, int] = {}
+    last_reads: dict[Tensor, int] = {}
+    for node, after in graph.adjacency():
+        if isinstance(node, Tensor):
+            last_reads[node] = max([index[reader] for reader in after], default=-1)
+        else:
+            births.update(dict.fromkeys(after, index[node]))
     intervals: dict[str, list[tuple[int, int]]] = {name: [] for name in program.buffers}
-    for node in graph:
-        if not isinstance(node, Tensor):
-            continue
-        (writer,) = graph.predecessors(node)
-        birth = index[writer]
-        readers = [index[reader] for reader in graph.successors(node)]
-        intervals[node.buffer].append((birth, max([birth, *readers]) + 1))
+    for tensor, birth in births.items():
+        intervals[tensor.buffer].append((birth, max(birth, last_reads[tensor]) + 1))
     loop = (program.decode_start, len(program.steps))
     for buffer in _carried(program):
         intervals[buffer].append(loop)
