@@ -215,6 +215,7 @@ class _Search:
             for section in range(problem.first[i], problem.last[i] - 1):
                 self.spanning[section] += 1
         self.suspects: list[int] = []  # sections that ended branches, the last one first
+        self.beside = [frozenset(found) for found in problem.neighbours]
         self.spans = [sum(1 << section for section in found) for found in problem.sections]
         self.witness = [
             found[0] for found in problem.members
@@ -344,11 +345,37 @@ class _Search:
             self.tries_left -= 1
             if self.tries_left < 0:
                 raise _EnoughTries
+            if self._chokes(buffer, offset):
+                continue
             passed_over = [] if node.is_tight else self._passed_over(node, index, offset)
             if self._place(node, buffer, offset) and self._lift(passed_over, offset):
                 return index, offset
             self._undo(node)
         return None
+
+    def _chokes(self, buffer: int, offset: int) -> bool:
+        """Whether a section that ended branches would get too high beside a buffer at this offset."""
+        problem, low, total = self.problem, self.low, self.total
+        top, beside, span = offset + problem.sizes[buffer], self.beside[buffer], self.spans[buffer]
+        for section in self.suspects:
+            highest = self.height - total[section]
+            if top <= highest or not total[section] or span >> section & 1:
+                continue
+            for i in problem.members[section]:
+                if low[i] <= highest and i not in beside:
+                    break
+            else:
+                self._suspect(section)
+                return True
+        return False
+
+    def _suspect(self, section: int) -> None:
+        """From now on look at this section first."""
+        suspects = self.suspects
+        if section in suspects:
+            suspects.remove(section)
+        suspects.insert(0, section)
+        del suspects[SUSPECTS:]
 
     def _passed_over(
         self, node: _Node, index: int, offset: int
@@ -443,36 +470,35 @@ class _Search:
         touched = 0
         for i in raised:
             touched |= self.spans[i]
-        suspects = self.suspects
-        for section in suspects:
+        for section in self.suspects:
             if touched >> section & 1:
                 if self._is_too_high(section):
-                    suspects.remove(section)
-                    suspects.insert(0, section)
+                    self._suspect(section)
                     return False
                 touched ^= 1 << section
         while touched:
             section = touched.bit_length() - 1
             if self._is_too_high(section):
-                suspects[SUSPECTS - 1 :] = []
-                suspects.insert(0, section)
+                self._suspect(section)
                 return False
             touched ^= 1 << section
         return True
 
     def _is_too_high(self, section: int) -> bool:
         """Whether a section, with its floor where it is now, passes the height."""
-        low, floor, witness = self.low, self.floor, self.witness
-        if low[witness[section]] <= floor[section]:
+        low, floor = self.low, self.floor[section]
+        if low[self.witness[section]] <= floor:
             return False
         members = self.problem.members[section]
-        offsets = [low[i] for i in members]
-        least = min(offsets)
-        witness[section] = members[offsets.index(least)]
-        if not floor[section] < least < NEVER:
+        for i in members:
+            if low[i] <= floor:
+                self.witness[section] = i
+                return False
+        least = min([low[i] for i in members])
+        if least == NEVER:
             return False
-        self.floor_trail.append((section, floor[section]))
-        floor[section] = least
+        self.floor_trail.append((section, floor))
+        self.floor[section] = least
         return least + self.total[section] > self.height
 
     def _undo(self, node: _Node) -> None:
