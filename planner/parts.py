@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate
+from operator import itemgetter
 from typing import NamedTuple
 
 from planner import buffers
@@ -345,14 +347,13 @@ class _Weights:
             self.found.append((need, job, size, False))
 
     def frame(self) -> Frame:
-        self.found.sort(key=lambda entry: entry[0])
-        bare, total, slack = self.bare, 0, 0
-        live, held = [], []
-        for index in range(len(bare.kinds)):
-            total += self.change[index]
-            slack += self.slack[index]
-            live.append(total + bare.live[index])
-            held.append(live[-1] - slack * self.by_pages - bare.unwritten[index])
+        self.found.sort(key=itemgetter(0))
+        bare, change = self.bare, accumulate(self.change)
+        live = [size + beside for size, beside in zip(change, bare.live, strict=False)]
+        held = live  # a card holds the arena whole
+        if self.by_pages:
+            less = zip(live, accumulate(self.slack), bare.unwritten, strict=False)
+            held = [size - slack - unwritten for size, slack, unwritten in less]
         return Frame(
             bare,
             [job for _, job, _, _ in self.found],
