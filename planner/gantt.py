@@ -2,7 +2,7 @@
 
 The plan is walked once more from its own fields: a step starts when the step before it and the copies it waits for
 have ended, a copy when the copy before it and the step it comes after have. Each phase is then stretched to its
-predicted seconds, which know of more than queues (copies that steal the cores' time).
+predicted seconds, which know of more than queues (on the CPU steps and copies slow one another down).
 """
 
 from __future__ import annotations
