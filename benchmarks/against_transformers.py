@@ -23,11 +23,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from planner.checkpoint.spec import read_checkpoint
 from planner.plan import TokenIds
 from planner.profile import load_profile
 from planner.schedule import Choice, PhaseResidency
 from planner.search import Request, build, search
-from planner.spec import read_checkpoint
 from planner.units import parse_bytes
 from planner.workload import make_workload, parse_image
 

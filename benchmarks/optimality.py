@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations, product
 
+from planner.checkpoint.spec import Checkpoint
+from planner.checkpoint.template import template
 from planner.fronts import START, fastest
 from planner.parts import both, worked
 from planner.plan import ModelShape, Order, TextShape, TokenIds, VisionShape
@@ -24,8 +26,6 @@ from planner.profile import DeviceProfile, load_profile
 from planner.schedule import Choice, PhaseResidency
 from planner.search import search
 from planner.space import DEPTHS, Root, Space
-from planner.spec import Checkpoint
-from planner.template import template
 from planner.variants import evaluate_ordered
 from planner.workload import make_workload, plan_image
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 from planner import assemble
 from planner.arguments import Parser
+from planner.checkpoint.spec import resolve_model
 from planner.errors import BudgetTooSmall
 from planner.graph import Intervals
 from planner.layout import SECONDS, Layout, pack, place
-from planner.pack_csv import read
+from planner.layout.cli import read
 from planner.profile import load_profile
 from planner.search import Request, search
-from planner.spec import resolve_model
 from planner.workload import make_workload, plan_image
 
 MODELS = ("3b", "7b", "32b", "72b")

@@ -29,12 +29,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from planner.checkpoint.spec import Checkpoint, read_checkpoint
 from planner.errors import BudgetTooSmall
 from planner.plan import Plan, Tiles
 from planner.profile import DeviceProfile, load_profile
 from planner.schedule import Choice, PhaseResidency
 from planner.search import Request, build, search
-from planner.spec import Checkpoint, read_checkpoint
 from planner.units import MIB
 from planner.workload import make_workload, parse_image
 

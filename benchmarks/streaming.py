@@ -28,12 +28,12 @@ from executor.cpu import CpuDevice
 from executor.device import Chunk, Files, Range
 from executor.run import Request, run
 from executor.weights import Reader
+from planner.checkpoint.spec import Checkpoint, read_checkpoint
 from planner.plan import Plan, Tiles
 from planner.profile import load_profile
 from planner.schedule import Choice, PhaseResidency
 from planner.search import Request as PlanRequest
 from planner.search import build
-from planner.spec import Checkpoint, read_checkpoint
 from planner.units import MIB
 from planner.workload import make_workload, parse_image
 

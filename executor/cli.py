@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 import planner
 from executor.threads import leave_cores
 from planner.errors import DoesNotFit, InputError, LessIsFree, RunFailed, StowplanError
-from planner.files import check_target
+from planner.files import check_target, reaching_stdout
 from planner.signals import Interrupted, ending_signals
 from planner.units import MIB, format_gib, format_seconds
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from executor.prepare import Request
     from executor.run import Result
+    from planner.checkpoint.spec import Checkpoint
     from planner.plan import Plan
-    from planner.spec import Checkpoint
 
 PASSED_BUDGET, INTERRUPTED = 4, 130
 # options of a plan's command that a plan made anew keeps; the others are given by the run
@@ -225,8 +225,8 @@ def _check_target(option: str, path: Path | None) -> None:
 
 
 def _checkpoint(options: argparse.Namespace) -> Checkpoint:
-    from planner import spec
-    from planner.hub import download
+    from planner.checkpoint import spec
+    from planner.checkpoint.hub import download
 
     if options.download:
         return spec.read_checkpoint(download(options.model), name=options.model.rpartition("/")[2])
@@ -429,15 +429,8 @@ def _say(token: int, piece: str) -> None:
 
 def _write(text: str) -> None:
     """Put text on stdout at once; RunFailed where it takes none."""
-    try:
+    with reaching_stdout():
         sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        # what is left over would make Python complain once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise RunFailed(f"stdout: cannot be written: {error.strerror}") from None
 
 
 def _probe(options: argparse.Namespace) -> int:

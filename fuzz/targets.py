@@ -62,7 +62,7 @@ HEADER = {
 
 
 def header_target(place: Place) -> Target:
-    from planner.headers import read_entries, read_header
+    from planner.checkpoint.headers import read_entries, read_header
 
     seed = safetensors(HEADER, bytes(72))
 
@@ -84,7 +84,7 @@ def header_target(place: Place) -> Target:
 
 
 def index_target(place: Place) -> Target:
-    from planner.headers import read_checkpoint_tensors
+    from planner.checkpoint.headers import read_checkpoint_tensors
 
     index = {"metadata": {"total_size": 72}, "weight_map": dict.fromkeys(HEADER, "a.safetensors")}
     index["weight_map"].pop("__metadata__")
@@ -104,12 +104,12 @@ def index_target(place: Place) -> Target:
 
 
 def config_target(place: Place) -> Target:
-    from planner.config import (
+    from planner.checkpoint.config import (
         normalise_config,
         normalise_generation,
         normalise_pixel_bounds,
     )
-    from planner.headers import load_json
+    from planner.checkpoint.headers import load_json
 
     flat = json.loads((ROOT / "tests/data/tiny_config.json").read_text())
     text_keys = [
@@ -189,7 +189,7 @@ def small(place: Place) -> Small:
 
     import planner.cli
     from executor.make_checkpoint import make_random_checkpoint
-    from planner.spec import read_checkpoint
+    from planner.checkpoint.spec import read_checkpoint
 
     folder, image, out = place.path / "tiny", place.path / "a.png", place.path / "plan.json"
     make_random_checkpoint("tiny", folder)
@@ -504,7 +504,7 @@ def snapshot_target(place: Place) -> Target:
 
 
 def pack_target(place: Place) -> Target:
-    from planner.pack_csv import read as read_table
+    from planner.layout.cli import read as read_table
 
     rows = "".join(f"{i},{i},{i + 3},{512 * (i + 1)},x\n" for i in range(8))
     seeds = [

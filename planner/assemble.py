@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from planner import graph as graphs
 from planner.again import cache_kept, shares_cache, with_further
+from planner.checkpoint.template import units
 from planner.graph import Intervals
 from planner.layout import Layout, place
 from planner.plan import (
@@ -41,7 +42,6 @@ from planner.simulate import (
     step_bytes,
     timeline,
 )
-from planner.template import units
 from planner.units import MIB
 from planner.workload import host_bytes
 from planner.workspace import peak_bytes

@@ -1,6 +1,6 @@
 """The views of every buffer that steps compute in: names, shapes and sizes (ARCHITECTURE.md's table, in code).
 
-Weights are elsewhere (`planner.spec.units`). P, R, S, C, D, I, E, F, H, G, d, V as in ARCHITECTURE.md's alphabet.
+Weights are elsewhere (`planner.checkpoint.spec.units`). P, R, S, C, D, I, E, F, H, G, d, V as in ARCHITECTURE.md's alphabet.
 """
 
 from __future__ import annotations

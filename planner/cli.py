@@ -8,23 +8,22 @@ import gc
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from planner.arguments import Parser, count, tokens
 from planner.errors import BudgetTooSmall, InputError, RunFailed, StowplanError
-from planner.files import check_target
+from planner.files import check_target, reaching_stdout
 from planner.signals import Interrupted, ending_signals
 from planner.units import MIB, format_gib, parse_bytes
 
 if TYPE_CHECKING:
+    from planner.checkpoint.spec import Checkpoint
     from planner.plan import Workload
     from planner.problem import Request
     from planner.profile import DeviceProfile
-    from planner.spec import Checkpoint
 
 INTERRUPTED = 130
 DEFAULT_MODEL = "7b"
@@ -33,7 +32,7 @@ DEFAULT_DEVICE = "rtx-5080-16gb"
 # modules with a main(arguments) that returns the exit code and raises what this module's main catches
 COMMANDS = {
     "devices": "planner.devices",
-    "pack": "planner.pack_csv",
+    "pack": "planner.layout.cli",
     "replay": "planner.replay.cli",
 }
 
@@ -175,10 +174,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _plan(options: argparse.Namespace) -> None:
     # imported here, so that --help and a mistyped option answer at once
-    from planner import show
+    from planner.checkpoint.spec import resolve_model
     from planner.dtype import in_dtype
+    from planner.screen import show
     from planner.search import Request, search
-    from planner.spec import resolve_model
 
     device, budget = _device(options)
     ram = parse_bytes(options.ram, what="--ram") if options.ram is not None else None
@@ -200,7 +199,7 @@ def _plan(options: argparse.Namespace) -> None:
         command=_command(options),
     )
     if options.sweep:
-        with _stdout():
+        with reaching_stdout():
             show.show_sweep(
                 request,
                 device,
@@ -221,22 +220,8 @@ def _plan(options: argparse.Namespace) -> None:
     if options.out is not None:
         plan.save(options.out)
         print(f"wrote {options.out}", file=sys.stderr)
-    with _stdout():
+    with reaching_stdout():
         show.show_plan(plan, request, device, json=options.json, path=options.out)
-
-
-@contextmanager
-def _stdout() -> Iterator[None]:
-    """What is written inside reaches stdout, or RunFailed says why not."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        # what is left over would make Python complain once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise RunFailed(f"stdout: cannot be written: {error.strerror}") from None
 
 
 def _device(options: argparse.Namespace) -> tuple[DeviceProfile, int | None]:
@@ -272,7 +257,7 @@ def _device(options: argparse.Namespace) -> tuple[DeviceProfile, int | None]:
 
 def _as_typed(error: BudgetTooSmall, request: Request) -> BudgetTooSmall:
     """The refusal with the budget as it was typed beside GiB."""
-    from planner.report import typed_budget
+    from planner.screen.report import typed_budget
 
     assert request.budget_bytes is not None
     shown, typed = (

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from planner.calls import Calls
+from planner.checkpoint.template import unit_sizes
 from planner.plan import DTYPE_BYTES, Image, Kind, ModelShape, Tiles, spans, window_tiles
 from planner.profile import DeviceProfile
 from planner.queues import APART, Beside
-from planner.template import unit_sizes
 
 # passes over a tile's rows that elementwise kernels make, in elements read or written (norm: upcast, square, scale,
 # downcast, weight; rope: upcast, multiply, two halves, downcast; residual adds and copies)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from planner.checkpoint.spec import Checkpoint
 from planner.errors import InputError
 from planner.profile import DeviceProfile
-from planner.spec import Checkpoint
 
 DTYPES = ("auto", "bfloat16", "float16")
 

@@ -9,6 +9,8 @@ from typing import Literal
 
 from planner import kept_code, workspace
 from planner.buffers import SCRATCH_NAME, VISION_KINDS, Layouted, text_scratch, vision_scratch
+from planner.checkpoint.spec import Checkpoint
+from planner.checkpoint.template import unit_sizes
 from planner.costs import Costs
 from planner.host_tier import capacity_bytes
 from planner.plan import (
@@ -24,8 +26,6 @@ from planner.plan import (
 )
 from planner.profile import DeviceProfile
 from planner.schedule import StepDraft
-from planner.spec import Checkpoint
-from planner.template import unit_sizes
 from planner.workload import host_bytes
 
 Allocator = Literal["native", "expandable"]

@@ -130,7 +130,7 @@ def test_both_packages_import_nothing_by_themselves() -> None:
         "import planner.search",
         "from planner.search import search",
         "from planner import profile",
-        "def f() -> None:\n    from planner.spec import builtin",
+        "def f() -> None:\n    from planner.checkpoint.spec import builtin",
         "import planner",
     ],
 )

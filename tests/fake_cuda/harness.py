@@ -681,9 +681,9 @@ def make_plan(
     dtype: str = "bfloat16",
 ) -> Any:
     """A plan as the command line makes it, for that model, image and budget on a card of that capability."""
+    from planner.checkpoint.spec import resolve_model
     from planner.profile import load_profile
     from planner.search import Request, search
-    from planner.spec import resolve_model
     from planner.units import parse_bytes
     from planner.workload import make_workload, parse_image
 

@@ -27,7 +27,8 @@ from executor.cpu import CpuDevice
 from executor.make_checkpoint import make_random_checkpoint
 from executor.prepare import Request
 from executor.run import run
-from planner import search, spec, workload
+from planner import search, workload
+from planner.checkpoint import spec
 from planner.errors import StowplanError
 from planner.plan import Plan, TensorLocation
 from planner.profile import load_profile

@@ -19,8 +19,9 @@ from executor.make_checkpoint import make_random_checkpoint
 from executor.prepare import Request
 from executor.record import Record
 from executor.run import run
-from planner import search, spec
+from planner import search
 from planner.check import check
+from planner.checkpoint import spec
 from planner.dtype import in_dtype
 from planner.plan import Plan, Tiles
 from planner.profile import load_profile

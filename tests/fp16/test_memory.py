@@ -17,10 +17,10 @@ from PIL import Image as Pillow
 from executor.make_checkpoint import make_random_checkpoint
 from executor.record import Record
 from planner.check import check
+from planner.checkpoint.spec import builtin
 from planner.dtype import in_dtype
 from planner.plan import Plan
 from planner.profile import load_profile
-from planner.spec import builtin
 from planner.units import GIB, KIB
 
 # torch wraps a Python number in a tensor of 4 or 8 bytes; the profiler's events are not in order within a call
@@ -99,10 +99,10 @@ def harness() -> ModuleType:
 def card_plan(
     harness: ModuleType, monkeypatch: pytest.MonkeyPatch, model: str, image: str, budget: str
 ) -> Plan:
-    import planner.spec
+    import planner.checkpoint.spec
 
     converted = in_dtype(builtin(model), load_profile("t4-16gb"))
-    monkeypatch.setattr(planner.spec, "resolve_model", lambda name: converted)
+    monkeypatch.setattr(planner.checkpoint.spec, "resolve_model", lambda name: converted)
     plan: Plan = harness.make_plan(model, image, budget, "7.5", dtype="float16")
     assert (plan.model.stored, plan.model.residual_dtype) == ("bfloat16", "float32")
     assert check(plan) == []

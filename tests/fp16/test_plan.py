@@ -11,13 +11,13 @@ import pytest
 
 import planner.cli
 from planner.check import check
+from planner.checkpoint.spec import builtin
+from planner.checkpoint.template import unit_sizes
 from planner.costs import Costs
 from planner.dtype import in_dtype
 from planner.errors import CheckpointError, InputError
 from planner.plan import DTYPE_BYTES, Plan, digest
 from planner.profile import load_profile
-from planner.spec import builtin
-from planner.template import unit_sizes
 
 OLD, NEW = "t4-16gb", "rtx-5080-16gb"
 

@@ -131,7 +131,7 @@ def test_a_name_that_no_file_can_have_is_refused_by_execute(
 
 
 def test_a_shard_of_a_name_that_no_file_can_have_is_missing(tmp_path: Path) -> None:
-    from planner.headers import read_checkpoint_tensors
+    from planner.checkpoint.headers import read_checkpoint_tensors
 
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": LONG}}))
@@ -216,7 +216,7 @@ def test_a_tokenizer_that_reads_but_cannot_encode_is_named(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("number", ["7\x1e", "\x1c7", " 7 "])
 def test_a_table_s_number_between_separators_is_a_number(number: str, tmp_path: Path) -> None:
-    from planner.pack_csv import read
+    from planner.layout.cli import read
 
     file = tmp_path / "a.csv"
     file.write_text(f"id,lower,upper,size\na,0,1,{number}\n")

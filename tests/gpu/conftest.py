@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from executor.cpu import CpuDevice
 from executor.device import Device
 from executor.probe import _base
-from planner import spec
+from planner.checkpoint import spec
 from planner.profile import DeviceProfile, load_profile
 from tests.hostile.device import HostileDevice
 from tests.hostile.lab import SETTINGS, Answer, Lab

@@ -15,7 +15,8 @@ from executor import prepare
 from executor.attention import check_kernel
 from executor.make_checkpoint import make_random_checkpoint
 from executor.record import Record
-from planner import search, spec, workload
+from planner import search, workload
+from planner.checkpoint import spec
 from planner.errors import DoesNotFit, KernelRefused, OutOfMemory, RunFailed
 from planner.plan import Plan, write_text
 from planner.profile import dumps

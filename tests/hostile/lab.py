@@ -21,7 +21,8 @@ from executor.order import problems
 from executor.prepare import Request as RunRequest
 from executor.run import run
 from executor.weights import Reader
-from planner import search, spec
+from planner import search
+from planner.checkpoint import spec
 from planner.errors import StowplanError
 from planner.plan import Copy, HostUnit, Order, Plan, TensorLocation, Tiles, Workload
 from planner.profile import DeviceProfile, load_profile

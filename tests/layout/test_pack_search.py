@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from planner.layout import Span, pack, place
-from planner.pack_search import PREFERENCES, Intervals, Verdict, fit, make_problem
+from planner.layout.search import PREFERENCES, Intervals, Verdict, fit, make_problem
 
 Cut = Callable[[int, int], list[Span]]
 Check = Callable[..., int]

@@ -9,11 +9,11 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from planner import plots
+from planner.checkpoint.spec import resolve_model
 from planner.plan import Plan
 from planner.profile import load_profile
+from planner.screen import plots
 from planner.search import Request, search, usual_way
-from planner.spec import resolve_model
 from planner.units import GIB, parse_bytes
 from planner.workload import make_workload, parse_image
 
@@ -151,5 +151,5 @@ def test_the_usual_way_holds_everything_from_the_first_step_on() -> None:
 
 
 def test_matplotlib_is_imported_only_when_something_is_drawn() -> None:
-    code = "import sys, planner.plots; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, planner.screen.plots; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -22,8 +22,9 @@ from executor.make_checkpoint import make_random_checkpoint
 from executor.prepare import Request as RunRequest
 from executor.prompt import build_prompt, load_tokenizer
 from executor.run import run
-from planner import search, spec
+from planner import search
 from planner.check import check
+from planner.checkpoint import spec
 from planner.plan import Image, Order, Plan, Tiles, Workload
 from planner.profile import load_profile
 from planner.schedule import Choice, PhaseResidency

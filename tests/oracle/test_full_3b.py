@@ -32,7 +32,7 @@ from planner import search
 from planner.check import check
 from planner.plan import Tiles
 from planner.profile import load_profile
-from planner.spec import read_checkpoint
+from planner.checkpoint.spec import read_checkpoint
 from planner.workload import make_workload, parse_image
 
 asked = json.loads(sys.argv[1])
@@ -60,7 +60,7 @@ from executor.generate import Sampling
 from executor.prepare import Request
 from executor.run import run
 from planner.plan import Plan
-from planner.spec import read_checkpoint
+from planner.checkpoint.spec import read_checkpoint
 
 asked = json.loads(sys.argv[1])
 plan, checkpoint = Plan.load(Path(asked["plan"])), read_checkpoint(Path(asked["folder"]))
@@ -95,7 +95,7 @@ from safetensors.torch import save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from executor.prompt import build_prompt, load_tokenizer
-from planner.spec import read_checkpoint
+from planner.checkpoint.spec import read_checkpoint
 from planner.workload import parse_image
 
 asked = json.loads(sys.argv[1])

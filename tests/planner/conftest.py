@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
+from planner.checkpoint.spec import Checkpoint, builtin
+from planner.checkpoint.template import template
 from planner.fronts import START
 from planner.plan import ModelShape, Plan, TextShape, TokenIds, VisionShape, Workload
 from planner.problem import Request
 from planner.profile import DeviceProfile, load_profile
 from planner.schedule import Choice, PhaseResidency
 from planner.search import search
-from planner.spec import Checkpoint, builtin
-from planner.template import template
 from planner.workload import make_workload, plan_image
 
 ROOT = Path(__file__).parents[2]

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from planner.calls import Calls
+from planner.checkpoint.spec import builtin
 from planner.costs import Costs
 from planner.errors import InputError
 from planner.fronts import START
 from planner.plan import Kind, ModelShape, Tiles
 from planner.profile import DeviceProfile, dumps, load_profile
 from planner.rates import PASSES, TURNS, Grid, HeadDim, Kernels, Measured, seconds_at
-from planner.spec import builtin
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 MS = 1e-3

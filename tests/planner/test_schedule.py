@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planner.checkpoint.template import unit_sizes
 from planner.plan import WindowRun, window_tiles
 from planner.schedule import PhaseResidency, Program, program, spread
-from planner.template import unit_sizes
 from planner.workload import window_runs
 
 

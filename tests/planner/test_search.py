@@ -267,7 +267,7 @@ def wide(kit: Any) -> Any:
     """Two layers and two blocks whose weights outweigh everything else."""
     from dataclasses import replace
 
-    from planner.template import template
+    from planner.checkpoint.template import template
 
     checkpoint = kit.tiny(layers=2, depth=2)
     text = checkpoint.shape.text.model_copy(update={"intermediate": 65536})

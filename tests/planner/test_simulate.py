@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.allocator import CachingAllocator
+from planner.checkpoint.template import unit_sizes
 from planner.plan import Kept, Outside
 from planner.queues import Beside, Job, line, loop
 from planner.schedule import PhaseResidency, Program, program
 from planner.simulate import Ranges, card_bytes, queue_order, timeline
-from planner.template import unit_sizes
 from planner.units import MIB
 from planner.workspace import peak_bytes
 

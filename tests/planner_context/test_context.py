@@ -16,7 +16,8 @@ from PIL import Image as Pillow
 from executor.cli import main
 from executor.make_checkpoint import make_random_checkpoint
 from executor.memory import read_memory
-from planner import search, spec, workload
+from planner import search, workload
+from planner.checkpoint import spec
 from planner.problem import Problem
 from planner.profile import load_profile
 from planner.units import MIB

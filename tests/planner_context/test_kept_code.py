@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from planner.checkpoint.spec import resolve_model
 from planner.kept_code import (
     FEW_OUTPUTS,
     ONE_ROW,
@@ -15,7 +16,6 @@ from planner.kept_code import (
     float32_bytes,
     kept_bytes,
 )
-from planner.spec import resolve_model
 from planner.units import KIB
 
 

@@ -10,10 +10,10 @@ import pytest
 from executor import cli, probe
 from executor.probe import run_probe
 from executor.probe_kernels import Busy
+from planner.checkpoint.spec import builtin
 from planner.profile import DeviceProfile, load_profile
 from planner.rates import PASSES
 from planner.search import Request, search
-from planner.spec import builtin
 from planner.workload import make_workload, parse_image
 
 

@@ -13,7 +13,8 @@ from PIL import Image as Pillow
 
 from executor.make_checkpoint import make_random_checkpoint
 from executor.prepare import Request
-from planner import search, spec, workload
+from planner import search, workload
+from planner.checkpoint import spec
 from planner.plan import (
     Buffer,
     Copy,

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import pytest
 
+from planner.checkpoint.spec import resolve_model
 from planner.cli import main
 from planner.plan import Plan
 from planner.problem import Request
 from planner.profile import load_profile
 from planner.search import search
-from planner.spec import resolve_model
 from planner.units import parse_bytes
 from planner.workload import make_workload, parse_image
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from planner.gantt import BLOCKS, LETTERS, Span, bar, columns, gantt, widths
 from planner.plan import Plan
+from planner.screen.gantt import BLOCKS, LETTERS, Span, bar, columns, gantt, widths
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from planner.plan import SCHEMA_VERSION, Plan
-from planner.sweep import Frontier
+from planner.screen.sweep import Frontier
 
 TEXT = (Path(__file__).parents[2] / "docs" / "plan-json.md").read_text()
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from planner import report
 from planner.plan import Plan
-from planner.report import typed_budget
+from planner.screen import report
+from planner.screen.report import typed_budget
 from planner.units import GIB, MIB
 
 SECTIONS = (

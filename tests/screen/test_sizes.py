@@ -2,10 +2,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from planner import plots
+from planner.checkpoint.spec import resolve_model
 from planner.profile import load_profile
-from planner.sizes import by_pixels
-from planner.spec import resolve_model
+from planner.screen import plots
+from planner.screen.sizes import by_pixels
 from planner.units import GIB
 
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from planner import plots, show
 from planner.errors import InputError
 from planner.plan import Levers
 from planner.profile import load_profile
-from planner.search import search
-from planner.sweep import (
+from planner.screen import plots, show
+from planner.screen.sweep import (
     Frontier,
     FrontierPoint,
     PhaseSeconds,
@@ -24,7 +23,8 @@ from planner.sweep import (
     neighbours,
     swept,
 )
-from planner.tables import _in_words
+from planner.screen.tables import _in_words
+from planner.search import search
 from planner.units import GIB
 
 
@@ -128,7 +128,7 @@ def test_below_the_least_budget_nothing_is_cheaper(kit: Any) -> None:
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep of few points, so that the command is quick."""
-    monkeypatch.setattr("planner.sweep.POINTS", 3)
+    monkeypatch.setattr("planner.screen.sweep.POINTS", 3)
     monkeypatch.setattr(frontier, "__kwdefaults__", {"points": 3})
     monkeypatch.setattr(swept, "__kwdefaults__", {"points": 3})
 
@@ -210,7 +210,7 @@ def test_sweep_with_out_writes_the_picture_and_still_prints(
 def test_what_a_sweep_cannot_do_is_said_before_it_searches(
     run: Any, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
-    monkeypatch.setattr("planner.sweep.frontier", None)
+    monkeypatch.setattr("planner.screen.sweep.frontier", None)
     outcome = run("--sweep", *words)
     assert outcome.code == 2
     assert message in outcome.err

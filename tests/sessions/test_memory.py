@@ -19,18 +19,19 @@ from executor.make_checkpoint import make_random_checkpoint
 from executor.prepare import Request
 from executor.record import Record
 from executor.run import run
-from planner import search, spec, workload
+from planner import search, workload
+from planner.checkpoint import spec
 from planner.plan import Plan, question_tile
 from planner.profile import load_profile
-from planner.report import render
 from planner.schedule import Choice, PhaseResidency
+from planner.screen.report import render
 from planner.units import MIB, format_seconds
 
 QUESTIONS = 20
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from planner import spec
+from planner.checkpoint import spec
 from planner.plan import Plan, question_tile
 from executor.prepare import Request
 from executor.run import Session

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from planner.config import normalise_config
-from planner.headers import STORED_DTYPE_BYTES
-from planner.template import template
+from planner.checkpoint.config import normalise_config
+from planner.checkpoint.headers import STORED_DTYPE_BYTES
+from planner.checkpoint.template import template
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.errors import CheckpointError
-from planner.headers import (
+from planner.checkpoint.headers import (
     DTYPES,
     published_name,
     read_checkpoint_tensors,
     read_entries,
     read_header,
 )
+from planner.errors import CheckpointError
 from planner.plan import DTYPE_BYTES, TensorLocation
 
 TWO = {"a": ("BF16", (2, 3)), "b": ("F32", (4,))}

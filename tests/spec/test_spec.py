@@ -15,13 +15,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from planner import spec
-from planner.config import check_config, normalise_config, read_config
+from planner.checkpoint import spec
+from planner.checkpoint.config import check_config, normalise_config, read_config
+from planner.checkpoint.headers import read_header
+from planner.checkpoint.spec import builtin, builtin_model, read_checkpoint, resolve_model, units
+from planner.checkpoint.template import template
 from planner.errors import CheckpointError, InputError, RunFailed
-from planner.headers import read_header
 from planner.plan import ModelShape
-from planner.spec import builtin, builtin_model, read_checkpoint, resolve_model, units
-from planner.template import template
 
 Make = Callable[..., Path]
 DATA = Path(__file__).parents[1] / "data"
@@ -484,7 +484,7 @@ def test_a_download_that_fails_is_a_failed_run_in_one_line(
 
 def test_spec_and_profile_import_nothing_heavy() -> None:
     code = (
-        "import sys, planner.spec, planner.profile; planner.spec.builtin('72b'); "
+        "import sys, planner.checkpoint.spec, planner.profile; planner.checkpoint.spec.builtin('72b'); "
         "heavy = {'torch', 'transformers', 'huggingface_hub', 'numpy', 'safetensors'}; "
         "sys.exit(sorted(heavy & set(sys.modules)).__repr__() if heavy & set(sys.modules) else 0)"
     )

@@ -8,9 +8,9 @@ from itertools import pairwise
 
 import pytest
 
+from planner.checkpoint.spec import BUILTIN, builtin, unit_sizes, units
+from planner.checkpoint.template import EMBEDDING, lm_head_name, template
 from planner.plan import DTYPE_BYTES, ModelShape, Unit
-from planner.spec import BUILTIN, builtin, unit_sizes, units
-from planner.template import EMBEDDING, lm_head_name, template
 
 
 @pytest.mark.parametrize("name", BUILTIN)

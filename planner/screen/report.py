@@ -10,12 +10,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from planner import tables
 from planner.plan import Levers, Plan, Workload
+from planner.screen import tables
 from planner.units import format_gib, format_seconds
 
 if TYPE_CHECKING:
-    from planner.sweep import Frontier, Neighbour
+    from planner.screen.sweep import Frontier, Neighbour
 
 ORDERS = {
     "all_first": "what is resident is loaded first, tower and LLM side by side (SUM)",

@@ -2,7 +2,7 @@
 
 The problem is dynamic storage allocation, NP-hard in general. `place` lays out a plan's arena: plans are close to nested
 stacks, for which first fit by a good order is optimal or nearly so; several orders are tried, then a short exact search
-(`planner.pack_search`), and the largest sum of live bytes is the lower bound at which trying stops. `pack` is the
+(`planner.layout.search`), and the largest sum of live bytes is the lower bound at which trying stops. `pack` is the
 stand-alone solver: the same search, by several preferences in turn, until the capacity is reached or time is up.
 Source of the orders: Pisarchyk and Lee 2020, arXiv:2001.03288 (greedy by size and by breadth).
 """
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from planner.buffers import ALIGNMENT
 from planner.graph import Intervals
-from planner.pack_search import PREFERENCES, Problem, Verdict, fit, make_problem
+from planner.layout.search import PREFERENCES, Problem, Verdict, fit, make_problem
 
 SECONDS = 60.0  # that `pack` takes at most, unless told otherwise
 DESCENT_SHARE = 0.2  # of these, for the lowest height above a capacity that was not reached

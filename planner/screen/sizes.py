@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from planner.checkpoint.spec import Checkpoint
 from planner.plan import Prediction
 from planner.profile import DeviceProfile
 from planner.search import Request, search, usual_way
-from planner.spec import Checkpoint
 from planner.workload import make_workload, parse_image
 
 LARGEST_PX = 2**25  # so that no size is shrunk

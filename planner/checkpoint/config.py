@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from planner.checkpoint.headers import load_json, read_small, show
 from planner.errors import CheckpointError
-from planner.headers import load_json, read_small, show
 from planner.plan import TextShape, TokenIds, VisionShape
 
 CONFIG_FILE = "config.json"

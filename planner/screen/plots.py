@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from planner.sizes import SizePoint
-    from planner.sweep import Frontier
+    from planner.screen.sizes import SizePoint
+    from planner.screen.sweep import Frontier
 
 # the report's words
 CONTEXT, KERNELS, ALLOCATOR, VISION, LLM, STAGING, CACHE, RESIDUAL, TILE, HOST, REST = (

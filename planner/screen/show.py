@@ -8,12 +8,12 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from planner import report, tables
 from planner.devices import rates_from
 from planner.errors import InputError
 from planner.plan import Plan
 from planner.problem import Request
 from planner.profile import DeviceProfile
+from planner.screen import report, tables
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -28,7 +28,7 @@ def show_plan(
     if json:
         sys.stdout.write(report.as_json(plan))
         return
-    from planner.sweep import neighbours
+    from planner.screen.sweep import neighbours
 
     cheaper, faster = neighbours(request, device, plan)
     screen = report.render(
@@ -64,11 +64,11 @@ def show_sweep(
     request: Request, device: DeviceProfile, *, json: bool, picture: Path | None, marked: bool
 ) -> None:
     """Print budget against seconds as a table or one JSON document, and draw it where `picture` says. `marked`: show where the request's budget stands."""
-    from planner.sweep import swept
+    from planner.screen.sweep import swept
 
     found = swept(request, device)
     if picture is not None:
-        from planner.plots import pareto, save
+        from planner.screen.plots import pareto, save
 
         save(pareto({f"{found.model} on {found.device}": found}), picture)
         print(f"wrote {picture}", file=sys.stderr)

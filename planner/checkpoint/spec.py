@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from planner.config import (
+from planner.checkpoint.config import (
     CONFIG_FILE,
     Config,
     check_config,
@@ -29,11 +29,11 @@ from planner.config import (
     read_generation,
     read_pixel_bounds,
 )
+from planner.checkpoint.headers import CheckpointTensors, read_checkpoint_tensors
+from planner.checkpoint.hub import cached_snapshot, download, is_hub_id
+from planner.checkpoint.template import EMBEDDING, LM_HEAD, template, unit_sizes, units
 from planner.errors import CheckpointError
-from planner.headers import CheckpointTensors, read_checkpoint_tensors
-from planner.hub import cached_snapshot, download, is_hub_id
 from planner.plan import DTYPE_BYTES, DType, Frozen, ModelShape, TensorLocation
-from planner.template import EMBEDDING, LM_HEAD, template, unit_sizes, units
 
 __all__ = [
     "BUILTIN",
