@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
+from operator import itemgetter
 
 from planner.assemble import Evaluated, evaluate
 from planner.errors import BudgetTooSmall
-from planner.fronts import START
+from planner.fronts import START, Options
 from planner.graph import Intervals
-from planner.parts import plain_bytes
+from planner.parts import Frame, plain_bytes
 from planner.problem import Problem
 from planner.schedule import Choice, PhaseResidency
+from planner.smallest import in_order
 from planner.space import Space
 from planner.units import format_gb_up, format_gib
 from planner.workload import plan_image
@@ -28,8 +32,7 @@ def least_plan(problem: Problem, space: Space | None = None) -> Evaluated:
     """
     space = space or Space(problem)
     best: Evaluated | None = None
-    settings = sorted(_streamed(space), key=lambda setting: setting[0])
-    for number, (bound, choice) in enumerate(settings):
+    for number, (bound, choice) in enumerate(heapq.merge(*_streamed(space), key=itemgetter(0))):
         if best is not None and (bound >= best.bound_bytes or number == TRIED):
             break
         found = evaluate(problem, choice)
@@ -39,44 +42,42 @@ def least_plan(problem: Problem, space: Space | None = None) -> Evaluated:
     return best
 
 
-def _streamed(space: Space) -> Iterator[tuple[int, Choice]]:
-    """Settings with everything streamed through one slot, and at least how many bytes they need; for each peak the tiles for which libraries keep least."""
-    problem, nothing = space.problem, PhaseResidency(0, 0)
-    seen: set[Choice] = set()
-    for together in space.modes:
-        for rows in space.vocabulary_rows():
-            frames = [space.parts.vision(together, nothing, 1, False)]
-            frames.append(space.parts.prefill(nothing, nothing, 1, rows))
-            kinds = [
-                (frame.base[kind], found)
-                for frame, options in zip(
-                    frames, (space.vision[together], space.prefill), strict=True
-                )
-                for kind, found in options.items()
-            ]
-            for cap in space.caps:
-                within = [
-                    (base, [o for o in found if o.outside <= cap] or found) for base, found in kinds
-                ]
-                floor = max(
-                    (min(base + o.bytes for o in found) for base, found in within), default=0
-                )
-                peaks = {base + o.bytes for base, found in within for o in found}
-                for peak in sorted({floor, *peaks}):
-                    if peak < floor or (peak > floor and not problem.on_cpu):
-                        continue
-                    tiles: dict[str, int] = {"vocabulary_rows": rows}
-                    for base, found in within:
-                        fitting = [o for o in found if base + o.bytes <= peak]
-                        tiles.update(min(fitting, key=lambda o: (o.kept, o.bytes)).tiles)
-                    start = (problem.request.tiles or START).model_copy(update=tiles)
-                    choice = Choice(
-                        "vision_then_llm", together, 1, nothing, nothing, nothing, start
-                    )
-                    if choice not in seen:
-                        seen.add(choice)
-                        live, held = plain_bytes(space.parts, choice)
-                        yield space.footprint.bound(choice, live, held), choice
+def _streamed(space: Space) -> list[Iterator[tuple[int, Choice]]]:
+    """Settings with everything streamed through one slot and at least how many bytes they need, least first; one list for each way of handling images and tiling of lm_head."""
+    nothing = PhaseResidency(0, 0)
+    start = space.problem.request.tiles or START
+
+    def settings(together: bool, rows: int) -> Iterator[tuple[int, Choice]]:
+        vision = space.parts.vision(together, nothing, 1, False)
+        prefill = space.parts.prefill(nothing, nothing, 1, rows)
+        phases = [(vision, space.vision[together]), (prefill, space.prefill)]
+        tilings = _by_kept if space.problem.on_cpu else _by_caps
+        for tiles in tilings(space, phases):
+            chosen = start.model_copy(update={"vocabulary_rows": rows, **tiles})
+            choice = Choice("vision_then_llm", together, 1, nothing, nothing, nothing, chosen)
+            live, held = plain_bytes(space.parts, choice)
+            yield space.footprint.bound(choice, live, held), choice
+
+    found = [settings(*pair) for pair in product(space.modes, space.vocabulary_rows())]
+    if space.problem.on_cpu:
+        return found
+    return [iter(sorted(each, key=itemgetter(0))) for each in found]
+
+
+def _by_kept(space: Space, phases: Sequence[tuple[Frame, Options]]) -> Iterator[dict[str, int]]:
+    """On the CPU tiles in order of what they need."""
+    return in_order(space.problem, [(frame.still, options) for frame, options in phases])
+
+
+def _by_caps(space: Space, phases: Sequence[tuple[Frame, Options]]) -> Iterator[dict[str, int]]:
+    """On a card for each cap on blocks outside the arena the tiles with least scratch."""
+    for cap in space.caps:
+        tiles: dict[str, int] = {}
+        for _, options in phases:
+            for found in options.values():
+                within = [o for o in found if o.outside <= cap] or found
+                tiles.update(min(within, key=lambda o: o.bytes).tiles)
+        yield tiles
 
 
 def certificate(problem: Problem, smallest: Evaluated) -> BudgetTooSmall:

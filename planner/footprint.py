@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from planner.assemble import card_bound
 from planner.fronts import START, Options, products
@@ -32,8 +32,7 @@ class Footprint:
         if budget is None:
             return float("inf")
         if problem.on_cpu:
-            context = problem.fixed_context_bytes + self._least_kept()
-            return budget - context - problem.profile.context_error_bytes
+            return budget - self.least_kept_bound
         tiles = START.model_copy(update={"vocabulary_rows": problem.model.text.vocabulary})
         bare = self.parts.bare_text(True, tiles.vocabulary_rows)
         kinds = dict.fromkeys(bare.kinds) if self.parts.repeats else ()
@@ -48,6 +47,13 @@ class Footprint:
         while arena > 0 and card_bound(problem, arena, known) > budget:
             arena -= STEP_BYTES
         return arena + STEP_BYTES  # where others' blocks share its segment
+
+    @cached_property
+    def least_kept_bound(self) -> int:
+        """On the CPU what any setting needs beside what its steps hold."""
+        problem = self.problem
+        context = problem.fixed_context_bytes + self._least_kept()
+        return context + problem.profile.context_error_bytes
 
     def _least_kept(self) -> int:
         """What the CPU's library keeps at least for the products of any tiles; products of one shape may serve two kinds."""

@@ -1,8 +1,9 @@
 """The lists of tiles, and of each kind of step the fastest tile that fits.
 
-Kinds of steps never run at once: what is alive beside a kind's scratch does not depend on the tiles of the others, so
-each kind takes its own fastest. What kernels take outside the arena counts with the step on the CPU; on a card it stays
-reserved, so that one cap on it holds for all kinds.
+Kinds of steps never run at once: what is alive beside a kind's scratch does not depend on the tiles of the others. On
+a card what kernels take outside the arena stays reserved: one cap on it holds for all kinds, and under it each kind
+takes its own fastest. On the CPU it counts with its step alone, but the pages of the scratch of steps before are still
+there: the fastest of all combinations that fit is taken.
 """
 
 from __future__ import annotations
@@ -38,15 +39,16 @@ START = Tiles(
 class Option(NamedTuple):
     """One tile setting of one kind of step: seconds of all of the phase's steps of that kind, bytes of one of them.
 
-    `bytes` is what it adds to what is held: scratch, on the CPU with the blocks outside the arena. `kept`: what the
-    CPU's library keeps for its products.
+    `bytes`: its scratch in the arena. `outside`: the most that its blocks outside it take, and `blocks` of each group of
+    images. `kept`: what the CPU's library keeps for its products.
     """
 
     seconds: float
     bytes: int
     outside: int
     tiles: Mapping[str, int]
-    kept: int = 0
+    kept: int
+    blocks: Mapping[tuple[int, ...], int]
 
 
 Options = Mapping[Kind, Sequence[Option]]
@@ -121,6 +123,98 @@ def fastest(
     return tiles
 
 
+Still = Mapping[tuple[Kind, Kind, tuple[int, ...]], int]  # planner.parts.Frame.still
+Taken = Mapping[Kind, tuple[int, int]]  # scratch and blocks outside the arena
+
+
+def fastest_held(
+    options: Options, still: Still, room: float, fixed: Taken | None = None
+) -> dict[str, int] | None:
+    """On the CPU: the fastest combination of tiles with which no step holds more than `room`, in its blocks and the scratch of steps before; None where there is none.
+
+    `fixed`: kinds of steps without options.
+    """
+    fixed = fixed or {}
+    kinds = list(options)
+    scratch = dict.fromkeys(kinds, room)  # of each kind at most
+    outside: list[tuple[Kind, tuple[int, ...], float]] = []
+    pairs: dict[tuple[Kind, Kind], list[tuple[tuple[int, ...], float]]] = {}
+    for (before, kind, images), held in still.items():
+        left = room - held
+        if before in fixed and kind in fixed:
+            if left < fixed[before][0] + fixed[kind][1]:
+                return None
+        elif kind in fixed:
+            scratch[before] = min(scratch[before], left - fixed[kind][1])
+        elif before in fixed:
+            outside.append((kind, images, left - fixed[before][0]))
+        else:
+            pairs.setdefault((before, kind), []).append((images, left))
+    found: list[Sequence[Option]] = []
+    for kind in kinds:
+        mine = [(images, left) for k, images, left in outside if k == kind]
+        own = pairs.get((kind, kind), ())
+        fitting = [
+            option
+            for option in options[kind]
+            if option.bytes <= scratch[kind]
+            and all(option.blocks[images] <= left for images, left in mine)
+            and all(option.bytes + option.blocks[images] <= left for images, left in own)
+        ]
+        if not fitting:
+            return None
+        found.append(fitting)
+    best = _combined(found, kinds, pairs)
+    if best is None:
+        return None
+    tiles: dict[str, int] = {}
+    for option in best:
+        tiles.update(option.tiles)
+    return tiles
+
+
+def _combined(
+    found: Sequence[Sequence[Option]],
+    kinds: Sequence[Kind],
+    pairs: Mapping[tuple[Kind, Kind], Sequence[tuple[tuple[int, ...], float]]],
+) -> list[Option] | None:
+    """Of each kind one option, fastest in all, so that those of each pair go together."""
+    rest = [0.0]  # seconds of the fastest of all later kinds
+    for each in reversed(found):
+        rest.insert(0, rest[0] + each[0].seconds)
+    best: list[Option] | None = None
+    least = float("inf")
+    chosen: list[Option] = []
+
+    def goes(option: Option) -> bool:
+        place = len(chosen)
+        for number, other in enumerate(chosen):
+            for images, left in pairs.get((kinds[number], kinds[place]), ()):
+                if other.bytes + option.blocks[images] > left:
+                    return False
+            for images, left in pairs.get((kinds[place], kinds[number]), ()):
+                if option.bytes + other.blocks[images] > left:
+                    return False
+        return True
+
+    def choose(seconds: float) -> None:
+        nonlocal best, least
+        place = len(chosen)
+        if place == len(found):
+            best, least = list(chosen), seconds
+            return
+        for option in found[place]:
+            if seconds + option.seconds + rest[place + 1] >= least:
+                break
+            if goes(option):
+                chosen.append(option)
+                choose(seconds + option.seconds)
+                chosen.pop()
+
+    choose(0.0)
+    return best
+
+
 def least_seconds(options: Options, cap: float) -> float:
     """Seconds of all steps with the fastest tiles within `cap` bytes outside the arena."""
     return sum(
@@ -150,21 +244,20 @@ def _options(
     found = []
     for setting in settings:
         tiles = START.model_copy(update=dict(setting))
-        taken = [problem.taken(kind, phase, tiles, group) for group in groups]
+        taken = {group: problem.taken(kind, phase, tiles, group) for group in groups}
         seconds = sum(problem.seconds(kind, phase, tiles, group, 0) for group in groups) * count
-        scratch = max(size for size, _ in taken)
-        outside = max(size for _, size in taken)
-        size = scratch
-        if problem.on_cpu:
-            # one buffer for all groups, each group's own blocks
-            size = scratch + outside
+        blocks = {group: outside for group, (_, outside) in taken.items()}
         kept_bytes = sum(map(problem.kept_bytes, products(problem, kind, tiles)))
-        found.append(Option(seconds, size, outside, setting, kept_bytes))
+        # one buffer for all groups, each group's own blocks
+        scratch = max(size for size, _ in taken.values())
+        found.append(Option(seconds, scratch, max(blocks.values()), setting, kept_bytes, blocks))
     found.sort(key=lambda o: (o.seconds, o.bytes, o.outside, o.kept))
     kept: list[Option] = []
     for option in found:
         if not any(
-            o.bytes <= option.bytes and o.outside <= option.outside and o.kept <= option.kept
+            o.bytes <= option.bytes
+            and o.kept <= option.kept
+            and all(size <= option.blocks[group] for group, size in o.blocks.items())
             for o in kept
         ):
             kept.append(option)

@@ -9,14 +9,14 @@ the sum of theirs, and the peak is the highest of theirs. Tests hold all of it a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate
-from operator import itemgetter
+from operator import add, itemgetter
 from typing import NamedTuple
 
 from planner import buffers
-from planner.plan import Kind, Tiles
+from planner.plan import Kind, Phase, Tiles
 from planner.problem import Problem
 from planner.queues import Beside, Job, Loop, line, loop, queue
 from planner.schedule import LOOKAHEAD, Choice, PhaseResidency, pinned, refills
@@ -26,7 +26,8 @@ from planner.workload import host_bytes
 class Bare(NamedTuple):
     """A part without weights and tiles: of each step its kind, its images, its unit's size (0: none), the live bytes beside its scratch.
 
-    `unwritten`: of these, what the device need not hold yet (arena pages on the CPU), less what the host holds there.
+    `unwritten`: of these, what the device need not hold yet (arena pages on the CPU); `host`: what the host holds there.
+    `passing`: live bytes that no other step has.
     """
 
     kinds: list[Kind]
@@ -34,13 +35,15 @@ class Bare(NamedTuple):
     units: list[int]
     live: list[int]
     unwritten: list[int]
+    host: list[int]
+    passing: list[int]
 
 
 @dataclass(frozen=True, eq=False)
 class Frame:
     """A part with its weights. `jobs` by need, `sizes` of their units; `early`: jobs that the order `prefetch` may bring before.
 
-    `live`: arena bytes alive at each step beside its scratch; `held`: device bytes that are at least held there.
+    `live`: arena bytes alive at each step beside its scratch; `held`: those that the device holds there at least.
     """
 
     bare: Bare
@@ -52,11 +55,33 @@ class Frame:
 
     @cached_property
     def base(self) -> dict[Kind, int]:
-        """The most bytes held beside the scratch, over all steps of a kind."""
+        """The most arena bytes held beside the scratch, over all steps of a kind."""
         most: dict[Kind, int] = {}
         for kind, held in zip(self.bare.kinds, self.held, strict=True):
             if held > most.get(kind, -1):
                 most[kind] = held
+        return most
+
+    @cached_property
+    def still(self) -> dict[tuple[Kind, Kind, tuple[int, ...]], int]:
+        """Of two kinds and some images: the most bytes held beside the scratch of the first, by the time that a step of the second with these images runs, one of the first having run before.
+
+        On the CPU pages stay until the phase ends: what a step has written is there beside the blocks of a later one. Where
+        a kind runs again, its scratch is none of the bytes that are alive until then.
+        """
+        most: dict[tuple[Kind, Kind, tuple[int, ...]], int] = {}
+        before: dict[Kind, int] = {}
+        bare = self.bare
+        last = {kind: index for index, kind in enumerate(bare.kinds)}
+        for index, kind in enumerate(bare.kinds):
+            held, images = self.held[index], bare.images[index]
+            if held > before.get(kind, -1):
+                before[kind] = held
+            staying, host = held - bare.passing[index], bare.host[index]
+            for other, size in before.items():
+                beside = host + (staying if last[other] > index and staying > size else size)
+                if beside > most.get((other, kind, images), -1):
+                    most[other, kind, images] = beside
         return most
 
     @cached_property
@@ -101,7 +126,7 @@ class Parts:
         out = buffers.residual(model, workload.prompt_tokens, model.text.hidden).size_bytes
         patches = [sum(workload.images[i].patches for i in group) for group in groups]
         x = buffers.residual(model, max(patches, default=0), shape.hidden).size_bytes
-        found = Bare([], [], [], [], [])
+        found = Bare([], [], [], [], [], [], [])
         for number, group in enumerate(groups):
             # images of this and later groups stay on the host until their patches are embedded
             waiting = [i for later in groups[number + 1 :] for i in later] if problem.on_cpu else []
@@ -111,8 +136,9 @@ class Parts:
                 found.images.append(group)
                 found.units.append(size)
                 found.live.append(x + (out if number or kind == "merger" else 0))
-                host = sum(host_bytes(workload.images[i]).kept_bytes for i in here)
-                found.unwritten.append(-host)
+                found.unwritten.append(0)
+                found.passing.append(0)
+                found.host.append(sum(host_bytes(workload.images[i]).kept_bytes for i in here))
         return found
 
     def _vision(self, together: bool, residency: PhaseResidency, depth: int, first: bool) -> Frame:
@@ -151,7 +177,7 @@ class Parts:
         kv = buffers.kv_cache(model, workload.context_tokens).size_bytes
         behind = 0 if decode or not problem.on_cpu else self._unfilled()
         hidden, logits = buffers.hidden(model).size_bytes, buffers.logits(model).size_bytes
-        found = Bare(kinds, [()] * len(kinds), units, [], [])
+        found = Bare(kinds, [()] * len(kinds), units, [], [], [0] * len(kinds), [])
         layers = text.layers if decode else 0
         for kind in kinds:
             layers += kind == "self_attn" and not decode
@@ -162,6 +188,7 @@ class Parts:
             live += logits if kind in ("lm_head", "sample") else 0
             found.live.append(live)
             found.unwritten.append(alive * behind)
+            found.passing.append(0 if self.repeats else alive * (kv - behind))
         return found
 
     def _unfilled(self) -> int:
@@ -199,6 +226,13 @@ class Parts:
         pinned = self.pinned(within, vocabulary_rows)
         weights.streamed(streamed, depth, again_from=count, pinned=pinned)
         return weights.frame()
+
+    @cached_property
+    def prefill_bare(self) -> Frame:
+        """Prefill without weights; what is held in attention and MLP halves does not depend on the rows of lm_head tiles."""
+        return _Weights(
+            self.problem, self.bare_text(False, self.problem.model.text.vocabulary)
+        ).frame()
 
     def _pinned(self, residency: PhaseResidency, vocabulary_rows: int) -> frozenset[int]:
         """Steps of the loop whose units stay in pinned host memory."""
@@ -260,11 +294,16 @@ class Parts:
         pairs = zip(frame.live, frame.bare.kinds, strict=True)
         return [live + scratch[kind][0] for live, kind in pairs]
 
-    def held(self, phase: str, frame: Frame, tiles: Tiles) -> int:
+    def held(self, phase: Phase, frame: Frame, tiles: Tiles) -> int:
         """The most bytes held at a step: of the arena, and on the CPU of its blocks outside it."""
-        scratch, on_cpu = self.scratch(phase, frame.bare, tiles), self.problem.on_cpu
+        scratch, taken = self.scratch(phase, frame.bare, tiles), self.problem.taken
+        if not self.problem.on_cpu:
+            return max((base + scratch[kind][0] for kind, base in frame.base.items()), default=0)
         return max(
-            (base + scratch[k][0] + on_cpu * scratch[k][1] for k, base in frame.base.items()),
+            (
+                held + scratch[before][0] + taken(kind, phase, tiles, images)[1]
+                for (before, kind, images), held in frame.still.items()
+            ),
             default=0,
         )
 
@@ -389,7 +428,7 @@ class Worked(NamedTuple):
 def plain_bytes(parts: Parts, choice: Choice) -> tuple[int, int]:
     """The most arena bytes alive, and the most bytes at least held, with vision before the language model."""
     tiles, rows = choice.tiles, choice.tiles.vocabulary_rows
-    frames = {
+    frames: dict[Phase, Frame] = {
         "vision": parts.vision(choice.images_together, choice.vision, choice.depth, False),
         "prefill": parts.prefill(choice.prefill, choice.decode, choice.depth, rows),
     }
@@ -433,10 +472,11 @@ def worked(parts: Parts, choice: Choice) -> Worked:
         need = 0 if first else jobs[number].need
         jobs[number] = jobs[number]._replace(need=need, after=start - 1)
         change[start] += size
-    early = 0
-    for index in range(count):
-        early += change[index]
-        peak = max(peak, live[index] + early)
+    arrived = list(accumulate(change[:count]))
+    peak = max([peak, *map(add, live, arrived)])
+    if parts.problem.on_cpu:
+        beside_early = replace(vision, held=list(map(add, vision.held, arrived)))
+        held = max(held, parts.held("vision", beside_early, tiles))
     everything = sorted([*vision.jobs, *jobs], key=lambda job: job.need)
     return Worked(min(both([*vision_steps, *prefill_steps], everything, beside)) + rest, peak, held)
 

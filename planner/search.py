@@ -18,7 +18,7 @@ from planner.assemble import Evaluated, assemble, evaluate
 from planner.certificate import certificate, least_plan
 from planner.errors import BudgetTooSmall
 from planner.moves import moves, usual, usual_choice
-from planner.parts import worked
+from planner.parts import plain_bytes, worked
 from planner.plan import Order, Plan
 from planner.problem import Problem, Request
 from planner.profile import DeviceProfile
@@ -180,7 +180,7 @@ class _Queue:
         self.budget = self.problem.request.budget_bytes
         self.weighed = self.pushed = self.built = 0
         self.lacked: list[int] = []  # bytes of room that settings lacked
-        self.refused: set[Filling] = set()  # too large for the allocator, the library or the packer
+        self.refused: set[Filling] = set()  # too large once worked out in full
         self.retried: set[Decoding] = set()
         self.extend(space.roots())
 
@@ -232,7 +232,8 @@ class _Queue:
         if gap and node.choice.order == "prefetch" and not node.choice.spare_bytes:
             # what arrives early may be what packs with gaps: let more than so much less arrive early
             self._time(node.setting, 2 * gap)
-        else:
+        elif node.choice.order != "all_first":
+            self.refused.add(node.setting.filling)
             self._retry(node.setting, found.bound_bytes - self.budget)
         return None
 
@@ -240,28 +241,40 @@ class _Queue:
         for bound, node in nodes:
             self.push(bound, node)
 
-    def _settings(self, filling: Filling, number: int) -> Iterator[tuple[float, Node]]:
+    def _settings(
+        self, filling: Filling, number: int, *, plain: bool = False
+    ) -> Iterator[tuple[float, Node]]:
         for bound, order in self.space.orders(filling, number):
-            if number and order == "vision_then_llm":
-                continue  # a slower tower beside the same rest
-            yield bound, Setting(filling, number, order)
+            # in the plain order a slower tower beside the same rest pays only where the faster one does not fit
+            if not number or plain == (order == "vision_then_llm"):
+                yield bound, Setting(filling, number, order)
 
     def _time(self, setting: Setting, spare_bytes: int) -> None:
         """Exact seconds, and bytes by the closed form."""
         choice = replace(self.space.choice(*setting), spare_bytes=spare_bytes)
         found = worked(self.space.parts, choice)
-        if self.budget is not None:
-            excess = self.space.footprint.bound(choice, found.live, found.held) - self.budget
-            if excess > 0:
-                self._retry(setting, excess)
-                return
-        self.push(found.seconds, Timed(setting, choice))
+        excess = self._excess(choice, found.live, found.held)
+        if excess <= 0:
+            self.push(found.seconds, Timed(setting, choice))
+        elif (
+            setting.order == "prefetch"
+            and self._excess(choice, *plain_bytes(self.space.parts, choice)) <= 0
+        ):
+            # too much beside the steps of the vision tower: let so much less arrive early
+            self._time(setting, spare_bytes + excess)
+        elif setting.order != "all_first":  # it holds what others do not
+            if setting.order == "vision_then_llm":
+                self.extend(self._settings(setting.filling, setting.number + 1, plain=True))
+            self._retry(setting, excess)
+
+    def _excess(self, choice: Choice, live: int, held: int) -> int:
+        """Bytes beyond the budget by the closed form."""
+        if self.budget is None:
+            return 0
+        return self.space.footprint.bound(choice, live, held) - self.budget
 
     def _retry(self, setting: Setting, excess: int) -> None:
         """A setting that does not fit after all: the same residents of decode, or fewer, in so much less room."""
-        if setting.order == "all_first":
-            return  # it holds what others do not
-        self.refused.add(setting.filling)
         decoding = setting.filling.decoding
         self.lacked.append(decoding.root.less + excess)
         root = decoding.root._replace(less=decoding.root.less + excess)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import compress, product
+from operator import sub
 from typing import NamedTuple
 
 from planner import buffers
@@ -22,8 +23,11 @@ from planner.footprint import Footprint
 from planner.fronts import (
     START,
     VOCABULARY_ROWS,
+    Options,
+    Taken,
     caps,
     fastest,
+    fastest_held,
     least_seconds,
     prefill_options,
     vision_options,
@@ -178,6 +182,18 @@ class Space:
         towers = self.towers(root.depth, cap, self.room(root, cap))
         return min(towers[0].seconds) if towers else UNLIMITED
 
+    def fitting(
+        self, options: Options, frame: Frame, room: float, cap: float, fixed: Taken | None = None
+    ) -> dict[str, int] | None:
+        """The fastest tiles of a part with which all its steps have room; None where there are none."""
+        if self.problem.on_cpu:
+            return fastest_held(options, frame.still, room, fixed)
+        if fixed and any(
+            base + fixed[kind][0] > room for kind, base in frame.base.items() if kind in fixed
+        ):
+            return None
+        return fastest(options, frame.base, room, cap)
+
     # --- vision ---------------------------------------------------------------------------------------------------
 
     def _tower_bound(self, depth: int, cap: float) -> float:
@@ -198,7 +214,7 @@ class Space:
         for together, options in self.vision.items():
             for residency in self.vision_residencies(together, depth):
                 frame = self.parts.vision(together, residency, depth, False)
-                tiles = fastest(options, frame.base, room, cap)
+                tiles = self.fitting(options, frame, room, cap)
                 if tiles is None:
                     continue
                 steps = self.parts.seconds("vision", frame.bare, START.model_copy(update=tiles))
@@ -270,7 +286,7 @@ class Space:
             everywhere = True  # it fits under the largest cap too
             for anchor in self.anchors if left and attn + mlp else ANCHORS[:1]:
                 anchored = Decoding(root, attn, mlp, head, anchor)
-                peak = stack.decode_peak(anchored.residency(), root.depth)
+                peak = stack.decode_peak(anchored.residency(), root.depth, most)
                 # with as many slots as units they could as well be resident
                 if peak <= most and (not left or left > root.depth):
                     fitting = True
@@ -313,21 +329,32 @@ class Space:
 
     def _points(self, cap: float) -> list[tuple[int, float]]:
         """(bytes, seconds) of the prompt's tiles: more bytes, fewer seconds."""
-        sizes = sorted(
-            {o.bytes for found in self.prefill.values() for o in found if o.outside <= cap}
-        )
         points: list[tuple[int, float]] = []
-        base = dict.fromkeys(self.prefill, 0)
-        for size in sizes:
-            if fastest(self.prefill, base, size, cap) is None:
-                continue
-            seconds = sum(
-                next(o.seconds for o in found if o.bytes <= size and o.outside <= cap)
-                for found in self.prefill.values()
-            )
+        for size, seconds in sorted(self._prompt_sizes(cap)):
             if not points or seconds < points[-1][1]:
                 points.append((size, seconds))
         return points
+
+    def _prompt_sizes(self, cap: float) -> Iterator[tuple[int, float]]:
+        """(bytes, seconds) of combinations of prompt tiles: at least so many are held beside what is there without weights."""
+        found = [[o for o in each if o.outside <= cap] for each in self.prefill.values()]
+        if not self.problem.on_cpu:
+            for size in {o.bytes for each in found for o in each}:
+                within = [[o.seconds for o in each if o.bytes <= size] for each in found]
+                if all(within):
+                    yield size, sum(map(min, within))
+            return
+        frame = self.parts.prefill_bare
+        beside = self.stack(self, self.vocabulary_rows()[0]).most_prefill
+        kinds = list(self.prefill)
+        for chosen in product(*found):
+            option = dict(zip(kinds, chosen, strict=True))
+            size = max(
+                held + option[before].bytes + option[kind].outside
+                for (before, kind, _), held in frame.still.items()
+                if before in option and kind in option
+            )
+            yield size - beside, sum(o.seconds for o in chosen)
 
     def fillings(self, decoding: Decoding) -> Iterator[tuple[float, Filling]]:
         """For each cap and choice of prompt tiles: residents of prefill, of attention halves the most that may fit; with bounds."""
@@ -427,10 +454,8 @@ class Space:
         frame = self.parts.prefill(residency, within, root.depth, root.vocabulary_rows)
         stack = self.stack(self, root.vocabulary_rows)
         room = self.room(root, filling.cap)
-        tiles = fastest(self.prefill, frame.base, room, filling.cap)
-        if tiles is None or any(
-            base > room - stack.prefill_taken.get(kind, 0) for kind, base in frame.base.items()
-        ):
+        tiles = self.fitting(self.prefill, frame, room, filling.cap, stack.prefill_taken)
+        if tiles is None:
             return None
         return self.prompted(frame, root.vocabulary_rows, tuple(tiles.items()))
 
@@ -524,16 +549,16 @@ class _Stack:
         self.decode_taken = {k: s + (o if on_cpu else 0) for k, (s, o) in taken.items()}
         taken = parts.scratch("prefill", first, self.tiles)
         # attention and MLP halves choose their tiles
-        self.prefill_taken = {
-            k: s + (o if on_cpu else 0) for k, (s, o) in taken.items() if k not in space.prefill
-        }
+        self.prefill_taken = {k: both for k, both in taken.items() if k not in space.prefill}
         held = [
             live - unwritten + self.decode_taken[kind]
             for live, unwritten, kind in zip(bare.live, bare.unwritten, bare.kinds, strict=True)
         ]
         self.fixed_decode = max(held) + self.norm
+        self.least_decode: int = min(map(sub, bare.live, bare.unwritten)) + self.norm
         halves = [i for i, kind in enumerate(first.kinds) if kind in space.prefill]
-        self.fixed_prefill = max(first.live[i] - first.unwritten[i] for i in halves) + self.norm
+        self.most_prefill = max(first.live[i] - first.unwritten[i] for i in halves)
+        self.fixed_prefill = self.most_prefill + self.norm
         self.layer_cache = buffers.kv_cache(
             problem.model, problem.workload.context_tokens
         ).size_bytes
@@ -563,14 +588,17 @@ class _Stack:
         """Of so many resident tiles."""
         return self._head_bytes[count]
 
-    def decode_peak(self, residency: PhaseResidency, depth: int) -> int:
-        """The most bytes held in decode; on the CPU at least so many."""
+    def decode_peak(self, residency: PhaseResidency, depth: int, room: float = UNLIMITED) -> int:
+        """The most bytes held in decode; on the CPU at least so many, and exactly only where there is room for them."""
         resident = residency.attn * self.attn + residency.mlp * self.mlp
         resident += self.head_bytes(residency.head)
         if self.space.problem.on_cpu:
-            rows = self.tiles.vocabulary_rows
-            frame = self.space.parts.decode(residency, residency, depth, rows)
-            return max(base + self.decode_taken.get(kind, 0) for kind, base in frame.base.items())
+            # in the end all slots are full
+            full = self.least_decode + resident + self.slots(residency, depth)
+            if full > room:
+                return full
+            parts, rows = self.space.parts, self.tiles.vocabulary_rows
+            return parts.held("decode", parts.decode(residency, residency, depth, rows), self.tiles)
         return self.fixed_decode + resident + self.slots(residency, depth)
 
     def fillings(self, decoding: Decoding, room: float) -> Iterator[tuple[int, int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import pytest
 from planner.graph import build, lifetimes, live_bytes
 from planner.parts import Parts, early_starts, worked
 from planner.problem import Problem, Request
+from planner.profile import load_profile
 from planner.schedule import Choice, PhaseResidency
+from planner.space import Space
 from planner.variants import evaluate_ordered
 
 LAYERS = DEPTH = 4
@@ -69,6 +72,39 @@ def test_seconds_and_live_bytes_are_those_of_the_program(kit: Any, seed: int) ->
     sizes = {name: buffer.size_bytes for name, buffer in program.buffers.items()}
     live = live_bytes(lifetimes(build(program), program), sizes, len(program.steps))
     assert found.live == max(live)
+
+
+def random_tiles(draw: random.Random, space: Space, together: bool) -> dict[str, int]:
+    tiles: dict[str, int] = {}
+    for options in (space.vision[together], space.prefill):
+        for found in options.values():
+            tiles.update(draw.choice(found).tiles)
+    return tiles
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_bytes_on_the_cpu_are_never_less_than_the_closed_form_says_and_rarely_more(
+    kit: Any, seed: int
+) -> None:
+    draw = random.Random(seed)
+    images = [(336, 252), (420, 168)][: draw.randint(0, 2)]
+    workload = kit.workload(images, new=draw.choice([1, 2, 9]), prompt=draw.choice([8, 500]))
+    problem = Problem(Request(kit.tiny(), workload, None), load_profile("cpu"))
+    space = Space(problem)
+    choice = drawn_choice(kit, draw)
+    drawn = random_tiles(draw, space, choice.images_together or len(images) < 2)
+    choice = replace(
+        choice,
+        order=choice.order if images else "vision_then_llm",
+        tiles=choice.tiles.model_copy(update=drawn),
+    )
+    found = worked(space.parts, choice)
+    exact = evaluate_ordered(problem, choice)
+    least = space.footprint.bound(choice, found.live, found.held)
+    assert least <= exact.bound_bytes
+    gap = exact.layout.height_bytes - exact.layout.lower_bound_bytes
+    if exact.bound_bytes > exact.load_bytes + exact.error_bytes:
+        assert exact.bound_bytes <= least + gap + 2**17
 
 
 def test_what_arrives_early_fits_until_it_is_used() -> None:
