@@ -265,6 +265,8 @@ class _Queue:
         elif setting.order != "all_first":  # it holds what others do not
             if setting.order == "vision_then_llm":
                 self.extend(self._settings(setting.filling, setting.number + 1, plain=True))
+            if self.slope:  # a plan is wanted soon: nothing else beside the same rest
+                self.refused.add(setting.filling)
             self._retry(setting, excess)
 
     def _excess(self, choice: Choice, live: int, held: int) -> int:
