@@ -48,7 +48,7 @@ def test_a_kept_unit_is_read_once_and_every_step_still_finds_its_weights(
     streaming: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log: list[int] = []
-    monkeypatch.setattr("executor.weights.Files", lambda: CountingFiles(log))
+    monkeypatch.setattr("executor.weights.weight_files", lambda *_: CountingFiles(log))
     plan = kept_plan(streaming.plan)
     device = CpuDevice()
     arena = Arena(plan, device)
