@@ -414,11 +414,6 @@ class _Loop:
                     break
                 for step in steps:
                     self._step(step, iteration)
-                    # copies that come after the last step belong to the next phase: not before this one's peak is read
-                    if iterations > 1 or step is not steps[-1]:
-                        self.reader.finish_step(step)
-        if iterations == 1:
-            self.reader.finish_step(steps[-1])
         after = self.plan.steps.index(steps[-1]) + 1
         if after < len(self.plan.steps):
             self.arena.release(self.arena.dead_ranges(after))
@@ -444,6 +439,7 @@ class _Loop:
                 index = self.plan.steps.index(step)
                 if index + 1 < len(self.plan.steps):
                     self.arena.fill_canaries(self.arena.dead_ranges(index + 1))
+        self.reader.finish_step(step)
         if step.kind == "patch_embed":
             self.arena.issue(partial(_drop_images, self.runs, step))
             self.recorder.keep_host("images", 0)
