@@ -55,7 +55,7 @@ if torch.cuda.is_available():
     found |= {"total": total, "free": free, "uuid": str(getattr(p, "uuid", None))}
 print("ABOUT" + json.dumps(found))
 """
-BASE = "from executor.probe import _base; from planner.profile import dumps; import sys; sys.stdout.write(dumps(_base(sys.argv[1])))"
+BASE = "from executor.probe import base_profile; from planner.profile import dumps; import sys; sys.stdout.write(dumps(base_profile(sys.argv[1])))"
 SHORT_PROBE = "import sys; from pathlib import Path; from executor.probe import run_probe; run_probe(Path(sys.argv[1]), device=sys.argv[2], short=True, quiet=True)"
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from executor.cpu import CpuDevice
 from executor.device import Device
-from executor.probe import _base
+from executor.probe import base_profile
 from planner.checkpoint import spec
 from planner.profile import DeviceProfile, load_profile
 from tests.hostile.device import HostileDevice
@@ -60,7 +60,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 def profile_of(kind: str) -> DeviceProfile:
     """The CPU's, or the card's that is here."""
-    return load_profile("cpu") if kind == "cpu" else _base("cuda")
+    return load_profile("cpu") if kind == "cpu" else base_profile("cuda")
 
 
 class Widened(Lab):

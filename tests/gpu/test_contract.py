@@ -103,11 +103,12 @@ def test_peaks_and_what_is_held_agree(device: Device) -> None:
         assert device.name == "hostile"
         return
     assert 0 < held
-    # the counters of pages drift by some pages a core
-    assert peak >= held - 2**20
+    # the counters of pages drift by some pages a core, and the context is another reading of them
+    drift = 2**20
+    assert peak >= held - drift
     context = device.context_bytes()
     assert context is not None
-    assert 0 <= context <= held
+    assert 0 <= context <= held + drift
 
 
 def test_an_arena_that_is_too_large_is_refused_with_the_numbers(device: Device) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from executor import cli, probe
 from executor.probe import run_probe
-from executor.probe_kernels import Busy
+from executor.probe.bench import Busy
 from planner.checkpoint.spec import builtin
 from planner.profile import DeviceProfile, load_profile
 from planner.rates import PASSES
