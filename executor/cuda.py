@@ -44,19 +44,27 @@ class CudaStreams:
                 target.copy_(source, non_blocking=True)
 
 
+def lacking() -> str | None:
+    """Why this torch runs no CUDA here, and what to install; None where it does."""
+    built, rocm = torch.version.cuda, torch.version.hip
+    if rocm is not None:
+        # it answers to torch.cuda, but has other kernels and library workspaces than plans count with
+        return f"this torch was built for ROCm {rocm}, plans are for CUDA; install a CUDA build"
+    if torch.cuda.is_available():
+        return None
+    if built is None:
+        return "this torch was built without CUDA; install a CUDA build"
+    return f"torch (CUDA {built}) finds no card or no driver"
+
+
 class CudaDevice(Queued):
     """Marks are events; device peaks are what the allocator reserved plus what the driver holds beside it."""
 
     kind: Literal["cuda"] = "cuda"
 
     def __init__(self, index: int = 0) -> None:
-        if not torch.cuda.is_available():
-            built = torch.version.cuda
-            why = (
-                "this torch was built without CUDA; install a CUDA build"
-                if built is None
-                else f"torch (CUDA {built}) finds no card or no driver"
-            )
+        why = lacking()
+        if why is not None:
             raise RunFailed(
                 f"--device cuda: {why}, or run with --device cpu and a plan for the cpu"
             )

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from executor import memory
+from executor.cuda import lacking
 from executor.probe.bench import FULL, SHORT, Bench, Busy, buffer
 from executor.probe.figures import attention_kernel, base_profile, measured_profile, summary
 from executor.probe.host import create_s, image_pixels_per_s, pixel_values_per_s
@@ -100,9 +101,10 @@ def run_probe(
     from rich.console import Console
 
     console = Console(stderr=True, quiet=quiet, highlight=False)
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if chosen == "cuda" and not torch.cuda.is_available():
-        raise RunFailed("--probe --device cuda: this torch sees no card; probe with --device cpu")
+    why_not = lacking()
+    chosen = device or ("cpu" if why_not else "cuda")
+    if chosen == "cuda" and why_not:
+        raise RunFailed(f"--probe --device cuda: {why_not}, or probe with --device cpu")
     begun = time.perf_counter()
     with console.status("probing") as status:
         profile = probe(

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from executor.arena import sum_of
+from executor.cuda import CudaDevice
 from executor.device import Chunk
 from executor.queues import pieces_of
+from planner.errors import RunFailed
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 7, 64, 100, 1000])
@@ -39,3 +41,22 @@ def test_the_sum_that_guards_a_range_begins_anywhere_and_sees_every_byte(
         memory[at] += 1
         assert (sum_of(memory[start:stop]) != before) is (start <= at < stop)
         memory[at] -= 1
+
+
+@pytest.mark.parametrize(
+    ("cuda", "rocm", "card", "said"),
+    [
+        (None, None, False, "built without CUDA; install a CUDA build"),
+        ("12.8", None, False, "CUDA 12.8.* finds no card or no driver"),
+        (None, "6.4", True, "built for ROCm 6.4, plans are for CUDA; install a CUDA build"),
+        (None, "6.4", False, "built for ROCm 6.4"),
+    ],
+)
+def test_a_torch_that_runs_no_cuda_is_refused_with_what_to_do(
+    cuda: str | None, rocm: str | None, card: bool, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", rocm)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: card)
+    with pytest.raises(RunFailed, match=f"--device cuda: .*{said}.*or run with --device cpu"):
+        CudaDevice()
