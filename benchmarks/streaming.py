@@ -25,7 +25,8 @@ from PIL import Image
 
 from executor.arena import Arena
 from executor.cpu import CpuDevice
-from executor.device import Chunk, Files, Range
+from executor.device import Chunk, Range
+from executor.files import Files
 from executor.run import Request, run
 from executor.weights import Reader
 from planner.checkpoint.spec import Checkpoint, read_checkpoint

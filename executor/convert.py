@@ -7,13 +7,13 @@ smaller ones lose bits down to 2^-25, below which they become 0; larger ones hav
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from executor.device import Files
+from executor.files import Files
 from planner.errors import CheckpointError
 from planner.plan import ModelShape, TensorLocation
 
@@ -23,33 +23,37 @@ MOST = torch.finfo(torch.float16).max
 PIECE_VALUES = 32768
 
 
-def weight_files(model: ModelShape, locations: Mapping[str, TensorLocation]) -> Files:
-    """Files that give weights in the dtype that the model computes in."""
-    return Files() if model.stored_dtype == model.dtype else Float16Files(locations)
+def weight_files(
+    model: ModelShape, locations: Mapping[str, TensorLocation], readers: int = 1
+) -> Files:
+    """Files that give weights in the dtype that the model computes in, read by so many threads."""
+    if model.stored_dtype == model.dtype:
+        return Files(readers)
+    return Float16Files(locations, readers)
 
 
 class Float16Files(Files):
     """Files of bfloat16 whose reads give float16; CheckpointError names the tensor that it cannot hold."""
 
-    def __init__(self, locations: Mapping[str, TensorLocation]) -> None:
-        super().__init__()
-        self._wide = torch.empty(PIECE_VALUES, dtype=torch.float32)
+    def __init__(self, locations: Mapping[str, TensorLocation], readers: int = 1) -> None:
+        super().__init__(readers)
         self._tensors = sorted(
             (str(place.path), place.offset_bytes, name) for name, place in locations.items()
         )
 
-    def read(self, path: Path, offset_bytes: int, targets: Sequence[memoryview]) -> None:
-        super().read(path, offset_bytes, targets)
+    def _share(self, path: Path, handle: int, offset_bytes: int, targets: list[memoryview]) -> None:
+        super()._share(path, handle, offset_bytes, targets)
+        between = torch.empty(PIECE_VALUES, dtype=torch.float32)
         for target in targets:
-            if len(target):
-                self._convert(path, offset_bytes, torch.frombuffer(target, dtype=torch.bfloat16))
+            stored = torch.frombuffer(target, dtype=torch.bfloat16)
+            self._convert(path, offset_bytes, stored, between)
             offset_bytes += len(target)
 
-    def _convert(self, path: Path, offset_bytes: int, stored: Tensor) -> None:
+    def _convert(self, path: Path, offset_bytes: int, stored: Tensor, between: Tensor) -> None:
         made = stored.view(torch.float16)
         for start in range(0, stored.numel(), PIECE_VALUES):
             part = stored[start : start + PIECE_VALUES]
-            wide = self._wide[: part.numel()]
+            wide = between[: part.numel()]
             wide.copy_(part)
             # both are not a number where any value is
             least, most = torch.aminmax(wide)

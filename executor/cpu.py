@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.autograd.profiler import profile
 
 from executor import memory
-from executor.device import Chunk, Files, Mark, Range
+from executor.device import Chunk, Mark, Range
+from executor.files import Files
 from executor.host_tier import HostTier, Move
 from planner.errors import OutOfMemory
 from planner.plan import HostUnit
@@ -30,6 +31,7 @@ class CpuDevice:
     kind: Literal["cpu"] = "cpu"
     name = "cpu"
     torch_device = torch.device("cpu")
+    readers = 1  # steps want all cores
 
     def __init__(self, *, limit_data: bool = False) -> None:
         self._limit_data = limit_data

@@ -7,7 +7,6 @@ CUDA they are events. The host-side order (which step was issued, which copy was
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from planner.errors import CheckpointError, RunFailed
+from executor.files import Files
 
 if TYPE_CHECKING:
     from executor.host_tier import HostTier, Move
@@ -38,59 +37,6 @@ class Chunk(NamedTuple):
         return sum(stop - start for start, stop in self.targets)
 
 
-class Files:
-    """Open files by path, each opened once, read only; closed together."""
-
-    def __init__(self) -> None:
-        self._handles: dict[Path, int] = {}
-
-    def read(self, path: Path, offset_bytes: int, targets: Sequence[memoryview]) -> None:
-        """Fill the targets one behind another from `offset_bytes` on.
-
-        CheckpointError where the file ends early or cannot be opened, RunFailed where the disk fails.
-        """
-        views = [view for view in targets if len(view)]
-        handle = self._handles.get(path)
-        try:
-            if handle is None:
-                flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-                handle = self._handles[path] = os.open(path, flags)
-            while views:
-                count = _read_once(handle, views, offset_bytes)
-                if count == 0:
-                    missing = sum(len(view) for view in views)
-                    raise CheckpointError(
-                        f"{path}: the file ends at byte {offset_bytes}, {missing} bytes short of a tensor; "
-                        "it was cut off or replaced: fetch it anew"
-                    )
-                offset_bytes += count
-                while views and count >= len(views[0]):
-                    count -= len(views.pop(0))
-                if count:
-                    views[0] = views[0][count:]
-        except OSError as error:
-            if handle is None:
-                raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from None
-            raise RunFailed(
-                f"{path}: the disk failed at byte {offset_bytes}: {error.strerror}; "
-                "run again, and if it fails there again, fetch the checkpoint to another disk"
-            ) from None
-
-    def close(self) -> None:
-        while self._handles:
-            os.close(self._handles.popitem()[1])
-
-
-def _read_once(handle: int, views: Sequence[memoryview], offset_bytes: int) -> int:
-    """Bytes read by one call; fewer than asked for at the end of the file or of the kernel's patience."""
-    if hasattr(os, "preadv"):
-        return os.preadv(handle, views[:1024], offset_bytes)  # 1024: IOV_MAX
-    os.lseek(handle, offset_bytes, os.SEEK_SET)  # Windows; one thread reads
-    data = os.read(handle, len(views[0]))
-    views[0][: len(data)] = data
-    return len(data)
-
-
 class Device(Protocol):
     """Where a plan runs. One arena; compute and copy queues; peaks as the system sees them."""
 
@@ -102,6 +48,11 @@ class Device(Protocol):
 
     @property
     def torch_device(self) -> torch.device: ...
+
+    @property
+    def readers(self) -> int:
+        """Threads that read one piece of a file together: processors that steps leave free."""
+        ...
 
     def allocate_arena(self, size_bytes: int) -> Tensor:
         """The one allocation, uint8; OutOfMemory with the numbers where it is refused."""

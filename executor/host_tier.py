@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from executor.device import Chunk, Files, Range
+from executor.device import Chunk, Range
+from executor.files import Files
 from planner.errors import OutOfMemory
 from planner.plan import HostUnit
 from planner.units import MIB, format_gib

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from executor.device import Chunk, Files, Mark
+from executor.device import Chunk, Mark
+from executor.files import Files, readers_beside_a_card
 from executor.host_tier import HOST_PIECE_BYTES, HostTier, Move
 from planner.errors import OutOfMemory
 from planner.plan import HostUnit
@@ -94,6 +95,7 @@ class Queued:
         self._arena: Tensor | None = None
         self._ring: list[RingPiece] = []
         self._next = 0
+        self.readers = readers_beside_a_card()
 
     def fill_ring(self) -> None:
         """Take the pinned pieces; OutOfMemory where they are refused."""

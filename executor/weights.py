@@ -20,7 +20,8 @@ from torch import Tensor
 
 from executor.arena import TORCH_DTYPES
 from executor.convert import weight_files
-from executor.device import Chunk, Device, Files, Mark
+from executor.device import Chunk, Device, Mark
+from executor.files import Files
 from executor.host_tier import HostTier
 from executor.threads import start_thread
 from planner.errors import CheckpointError, OutOfMemory, RunFailed, StowplanError
@@ -149,7 +150,7 @@ class Reader(AbstractContextManager["Reader"]):
         before = [step.id for step in plan.steps if step.phase != "decode"]
         self._last_before_decode = before[-1] if before else None
         self._iterations = decode_iterations
-        self._files = weight_files(plan.model, locations)
+        self._files = weight_files(plan.model, locations, device.readers)
         self._changed = threading.Condition()
         self._steps: Counter[str] = Counter()
         self._copies: Counter[str] = Counter()

@@ -77,7 +77,7 @@ class DeviceProfile(Frozen):
     start_s: PositiveFloat  # from process start until the first weight is read
 
     host_to_device_bytes_per_s: PositiveInt  # pinned; on a CPU: page cache into the arena
-    disk_bytes_per_s: PositiveInt  # one reader, cold
+    disk_bytes_per_s: PositiveInt  # cold
     page_cache_bytes_per_s: PositiveInt
     pin_bytes_per_s: int = Field(ge=0)  # taking pinned memory; 0 where the host is the device
     default_ram_bytes: int = Field(

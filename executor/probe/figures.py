@@ -67,7 +67,7 @@ def measured_profile(
         "matmul_flops_per_s": f"{said}: the largest weights; all of them in `measured`",
         "attention_flops_per_s": f"{said}: no mask, the largest heads and most keys; all of them in `measured`",
         "launch_s": f"{said}: the smallest addition",
-        "page_cache_bytes_per_s": f"{said}: preadv in pieces of 64 MiB, one reader, the file in memory. "
+        "page_cache_bytes_per_s": f"{said}: preadv in pieces of 64 MiB, threads: {rates.readers}, the file in memory. "
         "On a CPU weights count as in the page cache where twice their bytes fit in usable_bytes",
         "host_to_device_bytes_per_s": f"{said}: as page_cache_bytes_per_s"
         if device == "cpu"

@@ -7,6 +7,9 @@ import statistics
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from executor import memory
 from executor.attention import attend
+from executor.files import Files, readers_beside_a_card
 from executor.ops import linear, rms_norm
 from executor.probe.bench import SHORT, Bench, best, pages, typical
 from executor.threads import start_thread
@@ -30,6 +34,7 @@ class Rates(NamedTuple):
     pageable: int | None  # a card: from memory that is not pinned
     page_cache: int
     disk: int | None
+    readers: int  # threads that read files together
     first_touch: int
     beside: tuple[float, float]
 
@@ -44,37 +49,34 @@ def measured_rates(bench: Bench, folder: Path | None, size_bytes: int) -> Rates:
             file.write(piece)
         file.flush()
         os.fsync(file.fileno())
-        host = bench.memory[:size_bytes]
+        host, readers = bench.memory[:size_bytes], 1
         if bench.device.type == "cuda":
-            host = torch.empty(size_bytes, dtype=torch.uint8)
-        disk = _cold(file.fileno(), host)
-        page_cache = typical(lambda: _read(file.fileno(), host), size_bytes, 7)
+            host, readers = torch.empty(size_bytes, dtype=torch.uint8), readers_beside_a_card()
+        with closing(Files(readers)) as files:
+            reads = partial(_read, files, Path(file.name), host)
+            disk = _cold(file.fileno(), reads, size_bytes)
+            page_cache = typical(reads, size_bytes, 7)
         to_device = page_cache
         beside = _beside(bench, file.fileno(), host, page_cache)
         if bench.device.type == "cuda":
             pageable = _transfer(bench, host)
             to_device = _transfer(bench, host.pin_memory())
     touch = 0 if bench.device.type == "cuda" else _first_touch(size_bytes)
-    return Rates(to_device, pageable, page_cache, disk, touch, beside)
+    return Rates(to_device, pageable, page_cache, disk, readers, touch, beside)
 
 
-def _read(handle: int, target: Tensor) -> None:
+def _read(files: Files, path: Path, target: Tensor) -> None:
     view = memoryview(target.numpy())  # type: ignore[arg-type]
     for start in range(0, len(view), READ_BYTES):
-        wanted = view[start : start + READ_BYTES]
-        if hasattr(os, "preadv"):
-            os.preadv(handle, [wanted], start)
-        else:
-            os.lseek(handle, start, os.SEEK_SET)
-            wanted[:] = os.read(handle, len(wanted))
+        files.read(path, start, [view[start : start + READ_BYTES]])
 
 
-def _cold(handle: int, target: Tensor) -> int | None:
+def _cold(handle: int, reads: Callable[[], None], size_bytes: int) -> int | None:
     """Bytes per second of a file that is not in the page cache; None where it cannot be put out of it."""
     if not hasattr(os, "posix_fadvise"):
         return None
     os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-    return best(lambda: _read(handle, target), target.numel(), 1)
+    return best(reads, size_bytes, 1)
 
 
 def _transfer(bench: Bench, host: Tensor) -> int:

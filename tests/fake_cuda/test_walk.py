@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from executor import prepare
-from executor.device import Chunk, Files
+from executor.device import Chunk
+from executor.files import Files
 from planner.errors import KernelRefused, OutOfMemory, PlanFileError
 from planner.units import GIB, MIB
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import executor.cli
 import planner.cli
 from executor.convert import MOST, PIECE_VALUES, Float16Files, weight_files
-from executor.device import Files
+from executor.files import Files
 from executor.weights import EmbeddingRows
 from planner.errors import CheckpointError
 from planner.plan import TensorLocation

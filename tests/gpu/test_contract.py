@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from executor.device import Chunk, Device, Files
+from executor.device import Chunk, Device
+from executor.files import Files
 from planner.errors import OutOfMemory
 from planner.plan import HostUnit
 

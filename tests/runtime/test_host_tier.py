@@ -8,7 +8,8 @@ import torch
 
 from executor.arena import Arena
 from executor.cpu import CpuDevice
-from executor.device import Chunk, Files
+from executor.device import Chunk
+from executor.files import Files
 from executor.host_tier import HostTier
 from executor.weights import Reader
 from planner.errors import OutOfMemory

@@ -11,7 +11,8 @@ import torch
 
 from executor.arena import Arena
 from executor.cpu import CpuDevice
-from executor.device import Chunk, Files
+from executor.device import Chunk
+from executor.files import Files
 from executor.weights import EmbeddingRows, Piece, Reader, chunks, pieces
 from planner.errors import CheckpointError, RunFailed
 from planner.plan import Plan, TensorLocation
