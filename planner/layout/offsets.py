@@ -26,6 +26,7 @@ PLACE_PREFERENCES = 2
 FIRST_NODES = (
     3  # decisions per buffer before `pack` turns to another preference; doubled in every round
 )
+SHORT_TRIES = 3  # buffers placed per buffer in a short search; one that goes straight to a layout needs 1 to 2
 
 
 class Item(NamedTuple):
@@ -240,11 +241,20 @@ class _Effort:
         self.nodes = 0
 
     def reach(self, target: int, stop: Callable[[], bool]) -> None:
-        """Search for `target`: each preference a little, then each for longer."""
-        nodes = FIRST_NODES * len(self.problem.sizes)
+        """Search for `target`: each preference a little, then each for longer.
+
+        How long that takes hangs on how ties are broken, by orders of magnitude: between, short searches break them otherwise.
+        """
+        count = len(self.problem.sizes)
+        rounds = turn = 0
         while self.height > target > self.impossible and not stop():
-            self._try(target, nodes, stop)
-            nodes *= 2
+            self._try(target, FIRST_NODES * count << rounds, stop)
+            rounds += 1
+            for _ in range(1 << rounds):
+                if self.height <= target or self.impossible >= target or stop():
+                    break
+                turn += 1
+                self._try(target, FIRST_NODES * count, stop, turn, SHORT_TRIES * count)
 
     def descend(self, target: int, stop: Callable[[], bool]) -> None:
         """Halve the distance between the best height and `target`, or what was missed above it, until `stop`."""
@@ -259,10 +269,19 @@ class _Effort:
                 break
             nodes *= 2
 
-    def _try(self, height: int, nodes: int, stop: Callable[[], bool]) -> Verdict:
+    def _try(
+        self,
+        height: int,
+        nodes: int,
+        stop: Callable[[], bool],
+        turn: int = 0,
+        tries: int | None = None,
+    ) -> Verdict:
         """What one of the preferences finds about a height; UNDECIDED where none does."""
         for preference in PREFERENCES:
-            outcome = fit(self.problem, height, preference, nodes=nodes, stop=stop)
+            outcome = fit(
+                self.problem, height, preference, nodes=nodes, tries=tries, turn=turn, stop=stop
+            )
             self.nodes += outcome.nodes
             if outcome.verdict is Verdict.FOUND:
                 self.offsets = outcome.offsets

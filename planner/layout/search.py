@@ -177,16 +177,29 @@ def fit(
     *,
     nodes: int,
     tries: int | None = None,
+    turn: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Offsets of all buffers below `height`, or why there are none; at most `nodes` decisions are opened, and `tries` buffers placed."""
+    """Offsets of all buffers below `height`, or why there are none; at most `nodes` decisions are opened, and `tries` buffers placed.
+
+    Buffers alike to the preference are taken in their order; in another one in each other `turn`.
+    """
     if problem.lower_bound > height:
         return Outcome(Verdict.IMPOSSIBLE, [], 0)
-    search = _Search(problem, height, preference, tries)
+    search = _Search(problem, height, preference, tries, turn)
     try:
         return search.run(nodes, stop)
     except _EnoughTries:
         return Outcome(Verdict.UNDECIDED, [], len(search.nodes))
+
+
+def _scrambled(number: int, turn: int) -> int:
+    """The number itself in turn 0; in others it is mixed with the turn: an order that the rows of a table have no part in."""
+    if not turn:
+        return number
+    mixed = (number * 0x9E3779B1 + turn * 0x85EBCA6B) & 0xFFFFFFFF
+    mixed = (mixed ^ mixed >> 15) * 0x2C1B3C6D & 0xFFFFFFFF
+    return mixed ^ mixed >> 12
 
 
 class _EnoughTries(Exception):
@@ -195,7 +208,7 @@ class _EnoughTries(Exception):
 
 class _Search:
     def __init__(
-        self, problem: Problem, height: int, preference: Preference, tries: int | None
+        self, problem: Problem, height: int, preference: Preference, tries: int | None, turn: int
     ) -> None:
         self.tries_left = sys.maxsize if tries is None else tries
         count = len(problem.sizes)
@@ -206,7 +219,9 @@ class _Search:
         ] * count  # top of the highest placed neighbour; of what is placed: its offset
         self.floor = [0] * len(problem.members)
         self.total = [sum(problem.sizes[i] for i in found) for found in problem.members]
-        order = sorted(range(count), key=lambda i: (*preference.key(problem, i), i))
+        order = sorted(
+            range(count), key=lambda i: (*preference.key(problem, i), _scrambled(i, turn))
+        )
         if preference.fullest_first:
             order.sort(key=self._fullest)
         self.rank = {i: rank for rank, i in enumerate(order)}
