@@ -69,10 +69,10 @@ def read(path: Path) -> tuple[list[str], list[list[str]], list[Span]]:
     spans: list[Span] = []
     lines: dict[str, int] = {}
     try:
-        header = next((row for row in reader if row), [])
-        places = _places(path, header)
+        header = next((row for row in reader if _is_filled(row)), [])
+        places = _places(path, [name.strip() for name in header])
         for row in reader:
-            if not row:
+            if not _is_filled(row):
                 continue
             where = f"{path}, line {reader.line_num}"
             if len(row) != len(header):
@@ -90,6 +90,11 @@ def read(path: Path) -> tuple[list[str], list[list[str]], list[Span]]:
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: not a CSV table: {error}") from None
     return header, rows, spans
+
+
+def _is_filled(row: Sequence[str]) -> bool:
+    """Whether a line is more than blanks; one of empty fields is, and has errors of its own."""
+    return len(row) > 1 or any(field.strip() for field in row)
 
 
 def _text(path: Path) -> str:

@@ -43,6 +43,16 @@ def test_the_table_comes_back_with_offsets(
     assert "height 1048576, capacity 1048576, lower bound 1048576; 100 buffers" in err
 
 
+def test_blanks_around_names_and_numbers_and_blank_lines_mean_nothing(
+    table: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = table("  \nid, lower, upper, size\na, 0, 2, 5\n\t\nb, 1, 3, 5\n   \n")
+    assert main(["pack", file, "--capacity", "10"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0] == "id, lower, upper, size,offset"
+    assert sorted(row.rsplit(",", 1)[1] for row in rows[1:]) == ["0", "5"]
+
+
 def test_a_capacity_out_of_reach_ends_with_3_and_the_lowest_layout(
     table: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
