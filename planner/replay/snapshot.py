@@ -210,10 +210,6 @@ class _Reader:
     def segment(self, value: object, where: str) -> tuple[int, SegmentRecord]:
         entry = self.mapping(value, where)
         address = self.number(entry, "address", where)
-        size = self.number(entry, "total_size", where, most=_MOST_BYTES)
-        kind = entry.get("segment_type", "small" if size == 2 * 2**20 else "large")
-        if kind not in ("small", "large"):
-            raise self.fail(f"{where}.segment_type", "small or large", kind)
         blocks = []
         at = address
         for index, part in enumerate(self.sequence(entry.get("blocks") or [], f"{where}.blocks")):
@@ -228,8 +224,12 @@ class _Reader:
             requested = self.number(block, "requested_size", here, length)
             blocks.append(BlockRecord(at, length, requested, _STATES[state]))
             at += length
+        size = self.number(entry, "total_size", where, at - address or None, most=_MOST_BYTES)
         if at != address + size:
             raise self.fail(f"{where}.total_size", f"the sum of its blocks, {at - address}", size)
+        kind = entry.get("segment_type", "small" if size == 2 * 2**20 else "large")
+        if kind not in ("small", "large"):
+            raise self.fail(f"{where}.segment_type", "small or large", kind)
         record = SegmentRecord(
             address,
             size,

@@ -115,6 +115,12 @@ def test_blocks_without_addresses_lie_one_behind_another() -> None:
     assert segment.small
 
 
+def test_a_segment_without_its_size_is_as_large_as_its_blocks(recorded: Recorded) -> None:
+    snapshot = recorded(4, steps=100)
+    bare = [{k: v for k, v in s.items() if k != "total_size"} for s in snapshot["segments"]]
+    assert parse_snapshot({**snapshot, "segments": bare}) == parse_snapshot(snapshot)
+
+
 def test_settings_of_the_recording_are_used_whatever_else_they_hold() -> None:
     settings = {
         "PYTORCH_CUDA_ALLOC_CONF": "large_segment_size_mb:32,option_of_the_future:7",
