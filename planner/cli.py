@@ -37,6 +37,9 @@ COMMANDS = {
 }
 
 EPILOG = """\
+other commands: plan devices, plan replay FILE (a torch memory snapshot), plan pack FILE.csv --capacity N (offsets of
+buffers); each has a --help of its own
+
 `plan --vram 16GB` alone plans the 7B model with one 3840x2160 image, 64 prompt tokens beyond the template and 128
 new ones on an RTX 5080 16GB. Sizes: 16GB is 16 * 10^9 bytes, 16GiB is 16 * 2^30.
 
