@@ -167,6 +167,7 @@ class Recorder:
         self._open: _Open | None = None
         self._host: dict[str, int] = {}
         self._copied = 0
+        self._between: int | None = None  # the most between two phases: of no phase, but of the run
         self._age_s = age_s
         self._start = time.perf_counter() - age_s
 
@@ -184,6 +185,8 @@ class Recorder:
     ) -> Iterator[None]:
         """Record one phase; the two callables are asked at its end."""
         assert self._open is None, "phases do not nest"
+        if self._phases:
+            self._between = _most(self._between, self._device.peak_bytes())
         self._device.reset_peak()
         self._open = _Open(phase, time.perf_counter())
         host = sum(self._host.values())
@@ -258,8 +261,9 @@ class Recorder:
         reused_weights_bytes: int = 0,
     ) -> Record:
         """The record of the whole run."""
-        peaks = [phase.peak_bytes for phase in self._phases if phase.peak_bytes is not None]
-        peak = max(peaks, default=None)
+        peak = self._between
+        for phase in self._phases:
+            peak = _most(peak, phase.peak_bytes)
         return Record(
             schema_version=1,
             fingerprint=fingerprint,

@@ -201,6 +201,8 @@ class Session(AbstractContextManager["Session"]):
                     seen=seen_mask(prompt.ids, plan.model.text.vocabulary),
                     text=_Text(request.on_token, tokenizer),
                     outputs=outputs,
+                    # a card holds the arena whole
+                    copies_add=device.kind == "cpu" and device.held_bytes() is not None,
                 )
                 if request.poison:
                     loaded.arena.fill_canaries(loaded.arena.dead_ranges(round_.first))
@@ -365,7 +367,11 @@ class _Text:
 
 @dataclass(slots=True)
 class _Loop:
-    """The plan's steps from number `first` on, in order: vision, prefill, decode until a stop token. `tokens` is the answer so far."""
+    """The plan's steps from number `first` on, in order: vision, prefill, decode until a stop token. `tokens` is the answer so far.
+
+    copies_add: they add to what the device holds, and somebody tells how much. Then copies that come after a phase's
+    last step, which the plan counts to the next phase, are let go when this one's record is closed.
+    """
 
     plan: Plan
     request: Request
@@ -380,7 +386,11 @@ class _Loop:
     seen: torch.Tensor
     text: _Text
     outputs: Outputs | None
+    copies_add: bool
     tokens: list[int] = field(default_factory=list)
+    # of the phase under way: its last step, none where no phase follows, and the bytes copied before that let more go
+    last: Step | None = None
+    copied_bytes: int | None = None
 
     def vision(self) -> None:
         """Encode the images into the prompt's rows."""
@@ -403,10 +413,9 @@ class _Loop:
         steps = [step for step in self.plan.steps[self.first :] if step.phase == phase]
         if not steps:
             return
+        self.last, self.copied_bytes = None if phase == "decode" else steps[-1], None
         recorded = self.recorder.phase(
-            phase,
-            arena_bytes=self.arena.resident_bytes,
-            copied_bytes=lambda: sum(t.size_bytes for t in self.reader.timings().values()),
+            phase, arena_bytes=self.arena.resident_bytes, copied_bytes=self._copied_bytes
         )
         with recorded:
             for iteration in range(iterations):
@@ -414,6 +423,8 @@ class _Loop:
                     break
                 for step in steps:
                     self._step(step, iteration)
+        if self.last is not None and self.copies_add:
+            self.reader.finish_step(self.last)
         after = self.plan.steps.index(steps[-1]) + 1
         if after < len(self.plan.steps):
             self.arena.release(self.arena.dead_ranges(after))
@@ -439,12 +450,22 @@ class _Loop:
                 index = self.plan.steps.index(step)
                 if index + 1 < len(self.plan.steps):
                     self.arena.fill_canaries(self.arena.dead_ranges(index + 1))
-        self.reader.finish_step(step)
+        if step is not self.last:
+            self.reader.finish_step(step)
+        elif not self.copies_add:
+            self.copied_bytes = self._copied_bytes()
+            self.reader.finish_step(step)
         if step.kind == "patch_embed":
             self.arena.issue(partial(_drop_images, self.runs, step))
             self.recorder.keep_host("images", 0)
         if step.kind == "merger" and self.outputs:
             self._save_features(step)
+
+    def _copied_bytes(self) -> int:
+        """Of all copies so far; once the phase's last step has let more go, of those before."""
+        if self.copied_bytes is not None:
+            return self.copied_bytes
+        return sum(timing.size_bytes for timing in self.reader.timings().values())
 
     def _check_finite(self, step: Step) -> None:
         # a further question's rows begin where the images end

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from executor.device import Chunk, Files, Range
+from executor.device import Chunk, Range
+from executor.files import Files
 from executor.host_tier import HostTier
 from executor.queues import Queued, RingPiece
 from planner.plan import HostUnit

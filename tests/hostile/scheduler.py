@@ -4,6 +4,9 @@ Exactly one of the *actors* (the caller's thread, the reader's thread, the compu
 at a time. Host threads give the baton up at every call of the device and of `threading` (`pause`); a queue's head runs
 when the policy picks the queue. An actor that waits names a condition, and is picked only when that holds. So a policy
 sees every order that the waits allow, and where nobody can go on, that is found at once.
+
+A queue's head runs in whichever host thread has the baton. OpenMP's number of threads is each thread's own, and sums
+are rounded by it; so it is made the same in all of them.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
+
+import torch
 
 HOSTS = ("main", "reader")
 QUEUES = ("compute", "copy")
@@ -145,6 +150,7 @@ class Scheduler:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
+        self._threads = torch.get_num_threads()
         self._hosts: dict[int, _Host] = {threading.get_ident(): _Host("main")}
         self._queues: dict[str, deque[_Entry]] = {name: deque() for name in QUEUES}
         self._put = dict.fromkeys(QUEUES, 0)
@@ -235,6 +241,7 @@ class Scheduler:
 
         def body() -> None:
             host.baton.acquire()
+            torch.set_num_threads(self._threads)
             try:
                 run()
             finally:

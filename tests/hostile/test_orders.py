@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from tests.hostile.device import HostileDevice
 from tests.hostile.lab import SETTINGS, Lab, drawn
@@ -101,6 +103,38 @@ def test_a_queue_lags_behind_the_host_as_its_rank_says(
 
     lab.run("all resident, in turn", Watched(scheduler), scheduler)
     assert longest >= lag
+
+
+def openmp_threads() -> int:
+    """How many threads the calling thread's next product takes; asked of OpenMP, for torch would set it first."""
+    try:
+        return int(ctypes.CDLL(None).omp_get_max_threads())
+    except (AttributeError, TypeError):  # a torch without, or Windows
+        pytest.skip("OpenMP is not there to be asked")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_queues_calls_take_as_many_threads_whoever_has_the_baton(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        scheduler = Scheduler(by_rank("reader", "compute", "copy", "main"))
+        found: list[tuple[str, int]] = []
+
+        def call() -> None:
+            found.append((threading.current_thread().name, openmp_threads()))
+
+        def body() -> None:
+            scheduler.put("compute", call)
+            scheduler.pause(lambda: len(found) == 2)
+
+        scheduler.put("compute", call)
+        scheduler.drain("compute")
+        scheduler.started("reader", body)
+        scheduler.drain("compute")
+    finally:
+        torch.set_num_threads(before)
+    assert found == [("MainThread", threads), ("reader", threads)]
 
 
 def test_a_wait_that_nobody_can_end_is_found_at_once() -> None:

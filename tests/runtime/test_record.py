@@ -86,6 +86,18 @@ def test_a_peak_between_two_steps_of_a_check_run_counts_for_the_phase() -> None:
     assert record.phases[0].peak_bytes == 9
 
 
+def test_a_peak_between_two_phases_counts_for_the_run_alone() -> None:
+    # asked at the end of each phase, and before the second begins
+    recorder = Recorder(Said([7, 9, 5]), check=False)
+    for phase in ("vision", "prefill"):
+        with recorder.phase(phase):  # type: ignore[arg-type]
+            pass
+    record = finish(recorder, budget_bytes=8)
+    assert [phase.peak_bytes for phase in record.phases] == [7, 5]
+    assert record.peak_bytes == 9
+    assert record.passed_budget
+
+
 def test_repeats_of_a_step_are_added_up() -> None:
     recorder = Recorder(CpuDevice(), check=False)
     with recorder.phase("decode", copied_bytes=lambda: 100):

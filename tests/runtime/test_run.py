@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import weakref
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from executor.cpu import CpuDevice
 from executor.cuda_settings import check_settings
-from executor.device import Chunk, Files
+from executor.device import Chunk
+from executor.files import Files
 from executor.generate import Sampling
 from executor.image import open_image
 from executor.prompt import build_prompt, load_tokenizer
@@ -149,6 +151,28 @@ def test_priming_leaves_no_page_and_each_phase_gives_back_what_is_dead(tiny: Any
         resident = phases[phase].arena_bytes
         assert resident is not None
         assert 0 < resident <= sum(later) < plan.prediction.arena_bytes
+
+
+def test_a_phases_record_holds_no_copies_that_come_after_its_last_step(tiny: Any) -> None:
+    class Slow(CpuDevice):
+        """What ends a phase takes long: copies that may go on have gone by then."""
+
+        def synchronize(self) -> None:
+            time.sleep(0.1)
+
+    plan = tiny.plan(streamed=True)
+    at = {step.id: number for number, step in enumerate(plan.steps)}
+    sizes = {unit.id: sum(t.size_bytes for t in unit.tensors) for unit in plan.units}
+    record = run(plan, tiny.request(), Slow()).record
+    phases = {phase.phase: phase for phase in record.phases}
+    # what a copy waits for, and what those before it do; a wrapping one for prefill's last step at least
+    own = [at["prefill/sample"] if copy.wraps else at.get(copy.after, -1) for copy in plan.copies]
+    waits = list(zip(plan.copies, accumulate(own, max), strict=True))
+    early = 0
+    for phase in ("vision", "prefill"):
+        early += phases[phase].copied_bytes
+        last = max(number for number, step in enumerate(plan.steps) if step.phase == phase)
+        assert early <= sum(sizes[copy.unit] for copy, after in waits if after < last), phase
 
 
 def test_the_penalty_counts_the_answers_own_tokens(tiny: Any) -> None:
