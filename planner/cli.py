@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--ram",
         metavar="SIZE",
-        help="host memory that may keep weights once they were read (default: as the profile says)",
+        help="host memory that may keep weights once they were read, 0GB: none (default: as the profile says)",
     )
     add(
         "--allocator",
@@ -183,7 +183,7 @@ def _plan(options: argparse.Namespace) -> None:
     from planner.search import Request, search
 
     device, budget = _device(options)
-    ram = parse_bytes(options.ram, what="--ram") if options.ram is not None else None
+    ram = parse_bytes(options.ram, what="--ram", or_none=True) if options.ram is not None else None
     for option, path in (("--out", options.out), ("--snapshot", options.snapshot)):
         if path is not None:
             check_target(option, path)

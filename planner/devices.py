@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from textwrap import fill
 from typing import Any
 
 from planner.arguments import Parser
@@ -86,10 +87,16 @@ def _print_all(profiles: list[DeviceProfile]) -> None:
 def _print_one(profile: DeviceProfile) -> None:
     print(f"{profile.name} ({profile.id}), {profile.kind}; rates: {rates_from(profile)}")
     if profile.note:
-        print(f"  {profile.note}")
+        print(_wrapped(profile.note, 2, 2))
     for name in FIGURES:
-        print(f"{name}: {_figure(getattr(profile, name))}")
-        print(f"    {profile.sources[name]}")
+        print(_wrapped(f"{name}: {_figure(getattr(profile, name))}", 0, 2))
+        print(_wrapped(profile.sources[name], 4, 4))
+
+
+def _wrapped(text: str, first: int, other: int) -> str:
+    """In lines of at most 80 columns, with so many blanks before the first and the others."""
+    blanks, more = " " * first, " " * other
+    return fill(text, 80, initial_indent=blanks, subsequent_indent=more, break_on_hyphens=False)
 
 
 def _figure(value: Any) -> str:

@@ -24,8 +24,8 @@ _FACTORS = {
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([A-Za-z]{1,3})")
 
 
-def parse_bytes(text: str, *, what: str = "size") -> int:
-    """`16GB` is 16 * 10**9 bytes, `6.5GiB` is 6.5 * 2**30, rounded down; a number without a unit is refused.
+def parse_bytes(text: str, *, what: str = "size", or_none: bool = False) -> int:
+    """`16GB` is 16 * 10**9 bytes, `6.5GiB` is 6.5 * 2**30, rounded down; a number without a unit is refused, and 0 unless `or_none`.
 
     Raises UnitsError naming `what`, the text found and the accepted form.
     """
@@ -40,7 +40,7 @@ def parse_bytes(text: str, *, what: str = "size") -> int:
     # integers throughout, so that a size never depends on how a float rounds
     scale: int = 10 ** len(fraction)
     size_bytes = int(whole + fraction) * factor // scale
-    if size_bytes <= 0:
+    if size_bytes <= 0 and not or_none:
         raise UnitsError(f"{what}: wanted a size above zero, found {text!r}")
     if size_bytes > MOST_BYTES:
         raise UnitsError(f"{what}: wanted a size of at most an exbibyte, found {text!r}")

@@ -107,6 +107,13 @@ def test_the_plan_names_the_command_that_makes_it_again(run: Any) -> None:
     assert run(*command[1:], "--json").out == first.out
 
 
+def test_no_host_memory_can_be_asked_for(run: Any) -> None:
+    words = ["--device", "rtx-4060-8gb", "--model", "7b", "--image", "none", "--json"]
+    kept = {ram: json.loads(run(*words, "--ram", ram).out)["host_units"] for ram in ("0GB", "64GB")}
+    assert kept["0GB"] == []
+    assert kept["64GB"]
+
+
 def test_out_writes_the_plan_and_says_so_on_stderr(run: Any, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     words = ["--device", "cpu", "--model", "3b", "--image", "640x480", "--out", str(path)]
@@ -181,9 +188,13 @@ def test_a_text_file_as_image_is_refused(run: Any, tmp_path: Path) -> None:
 def test_what_does_not_fit_is_exit_code_3_with_the_certificate(run: Any) -> None:
     outcome = run("--vram", "1.5GB")
     assert (outcome.code, outcome.out) == (3, "")
-    first, step, fit = outcome.err.splitlines()
-    assert first.startswith("error: no plan fits 1.5GB (1.40 GiB): the smallest needs")
-    assert "largest step" in step
+    lines = outcome.err.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].startswith("error: no plan fits 1.5GB (1.40 GiB): the smallest needs")
+    step, fit = " ".join(" ".join(lines[1:]).split()).split("to fit")
+    assert step.startswith("largest step ")
+    assert "staging " in step
+    assert "context and reserved " in step
     assert "--vram " in fit
     assert "--max-pixels" in fit
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from executor.make_checkpoint import make_random_checkpoint
@@ -26,22 +28,41 @@ def test_the_readme_shows_both_commands() -> None:
     assert len(commands()) >= 5
 
 
-def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the README's commands name."""
+    place = tmp_path_factory.mktemp("readme")
     for folder in FOLDERS:
-        (tmp_path / folder).parent.mkdir(parents=True, exist_ok=True)
-        make_random_checkpoint("tiny", tmp_path / folder)
-    for name in ("photo.jpg", "scan.png"):
-        Image.new("RGB", (320, 240), "teal").save(tmp_path / name)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        (place / folder).parent.mkdir(parents=True, exist_ok=True)
+        make_random_checkpoint("tiny", place / folder)
+    for name in ("photo.jpg", "other.jpg", "scan.png"):
+        Image.new("RGB", (320, 240), "teal").save(place / name)
+    return place
+
+
+def ran(place: Path, *words: str) -> str:
+    """What Python says on stdout; it must end well."""
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=place,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr}"
+    return done.stdout
+
+
+def test_every_command_of_the_readme_runs(place: Path) -> None:
     for command in commands():
         program, *arguments = shlex.split(command)
-        module = "planner.cli" if program == "plan" else "executor.cli"
-        done = subprocess.run(
-            [sys.executable, "-m", module, *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        ran(place, "-m", "planner.cli" if program == "plan" else "executor.cli", *arguments)
+
+
+def test_the_session_of_the_readme_runs(place: Path) -> None:
+    (program,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    words = ["--device", "cpu", "--model", FOLDERS[1], "--image", "photo.jpg"]
+    words += ["--prompt", "Which colour is it?", "--max-new-tokens", "4", "--out", "plan.json"]
+    ran(place, "-m", "planner.cli", *words)
+    ran(place, "-c", program)
