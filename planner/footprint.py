@@ -99,6 +99,14 @@ class Footprint:
             choice.tiles, choice.images_together
         )
 
+    def limit(self, choice: Choice) -> float:
+        """On a card the largest arena with which these tiles fit; infinite where the closed form cannot tell."""
+        budget = self.problem.request.budget_bytes
+        if budget is None or self.problem.on_cpu:
+            return float("inf")
+        left = budget - self.beside(choice.tiles, choice.images_together)
+        return left // STEP_BYTES * STEP_BYTES if left > SMALL_BYTES else float("inf")
+
     def _beside(self, tiles: Tiles, together: bool) -> int:
         """What a card holds beside a large arena, which has a segment of its own."""
         return card_bound(self.problem, SMALL_BYTES, self.blocks(tiles, together)) - SMALL_BYTES

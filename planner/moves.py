@@ -13,6 +13,7 @@ from planner.assemble import Evaluated, evaluate
 from planner.plan import Move, Tiles, Variant
 from planner.problem import Problem
 from planner.schedule import Choice, PhaseResidency
+from planner.variants import evaluate_ordered
 
 WHOLE = 2**30  # rows: a tile as large as anything
 USUAL = "the usual way"
@@ -28,7 +29,11 @@ def moves(problem: Problem, best: Evaluated) -> tuple[Move, ...]:
     found = []
     for name, undone in _undone(problem, best.choice):
         after = prefetch_after if undone.order == "prefetch" else None
-        other = evaluate(problem, undone, prefetch_after=after, quick=True)
+        if after and undone.images_together != best.choice.images_together:
+            # other steps: residents arrive where they fit beside those
+            other = evaluate_ordered(problem, undone, quick=True)
+        else:
+            other = evaluate(problem, undone, prefetch_after=after, quick=True)
         started = problem.start_s(best.choice.tiles) - problem.start_s(undone.tiles)
         move = Move(
             name=name,

@@ -72,8 +72,8 @@ class CopyDraft(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class PhaseResidency:
     """Which units of each class are resident, by count; the others are streamed. Residents are spread evenly, beginning
-    at the end that `anchor` names (of lm_head tiles always the last), unless `sets` names them (positions of attention
-    halves, MLP halves, lm_head tiles; the counts are their sizes).
+    at the end that `anchor` names (of lm_head tiles `head_anchor`: the last may be short), unless `sets` names them
+    (positions of attention halves, MLP halves, lm_head tiles; the counts are their sizes).
 
     In prefill no more than in decode: residents of prefill stay.
     """
@@ -83,6 +83,7 @@ class PhaseResidency:
     head: int = 0  # lm_head tiles
     anchor: Anchor = "late"
     sets: tuple[frozenset[int], frozenset[int], frozenset[int]] | None = None
+    head_anchor: Anchor = "late"
 
     @classmethod
     def of(
@@ -99,7 +100,7 @@ class PhaseResidency:
         if self.sets is not None:
             return list(self.sets)
         counts = (self.attn, self.mlp, self.head)
-        anchors: tuple[Anchor, ...] = (self.anchor, self.anchor, "late")
+        anchors = (self.anchor, self.anchor, self.head_anchor)
         if within is None:
             return [spread(*found) for found in zip(counts, totals, anchors, strict=False)]
         found = []

@@ -10,6 +10,7 @@ Nothing is cut off: a setting is left out only where its bound is not below the 
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -23,13 +24,15 @@ from planner.plan import Order, Plan
 from planner.problem import Problem, Request
 from planner.profile import DeviceProfile
 from planner.schedule import Choice
-from planner.space import Decoding, Filling, Root, Space
+from planner.space import DEPTHS, Decoding, Filling, Root, Space
 from planner.units import format_gib
 from planner.variants import evaluate_ordered, variants
 
 OPENED_STEPS = 160_000  # steps of all nodes of the space that are opened, at most
 SLOPE, STEEPER = 1 / 256, 40  # by which refined nodes are preferred then; doubled after so many
+REFUSED = 3  # settings with the same residents and prompt tiles that are worked out in full and do not fit, at most
 LACKED = 3  # settings that did not fit, after which all are given as much less room as the least of them lacked
+FOLLOWING = 80  # nodes opened after each plan found there, at most
 DIVED = 480  # nodes opened on the way to a plan where the search was cut off, at most
 BUILT = 24  # settings whose program, graph and layout are built, at most
 
@@ -150,8 +153,8 @@ def fastest(
 
 
 def _dive(space: Space, queue: _Queue, smallest: Evaluated) -> Evaluated:
-    """A plan near the least bound: refined nodes are preferred, in as much less room as the last ones lacked."""
-    less = 0
+    """A plan near the least bound: refined nodes are preferred, in as much less room as the last ones lacked; and the better ones that soon follow it."""
+    less, best, until = 0, smallest, DIVED
     for opened in range(DIVED):
         if opened % STEEPER == 0:
             queue.prefer_refined(SLOPE * 2 ** (opened // STEEPER))
@@ -160,13 +163,13 @@ def _dive(space: Space, queue: _Queue, smallest: Evaluated) -> Evaluated:
             less = min(lacked)
             queue.heap.clear()
             queue.extend(space.roots(less))
-        if not queue.heap:
+        if not queue.heap or opened >= until:
             break
         entry = heapq.heappop(queue.heap)
-        found = queue.open(entry.node) if entry.bound < smallest.seconds else None
-        if found:
-            return found
-    return smallest
+        found = queue.open(entry.node) if entry.bound < best.seconds else None
+        if found and found.seconds < best.seconds:
+            best, until = found, opened + FOLLOWING
+    return best
 
 
 class _Queue:
@@ -178,9 +181,12 @@ class _Queue:
         self.heap: list[Entry] = []
         self.slope = 0.0  # by which coarser nodes are put off
         self.budget = self.problem.request.budget_bytes
+        self.short = space.problem.model.text.layers <= max(DEPTHS)
+        self.refusals = REFUSED if self.short else 1
         self.weighed = self.pushed = self.built = 0
         self.lacked: list[int] = []  # bytes of room that settings lacked
-        self.refused: set[Filling] = set()  # too large once worked out in full
+        self.refused: Counter[Filling] = Counter()  # too large once worked out in full, so often
+        self.failed: set[tuple[object, ...]] = set()  # the same, however they came about
         self.retried: set[Decoding] = set()
         self.extend(space.roots())
 
@@ -211,12 +217,15 @@ class _Queue:
             if node.anchor is None:
                 self.extend(space.worked_fillings(node))
             else:
-                self.extend(self._settings(node, 0))
-        elif (node.setting if isinstance(node, Timed) else node).filling in self.refused:
+                self.extend(self._settings(node, 0, None))
+        elif (
+            self.refused[(node.setting if isinstance(node, Timed) else node).filling]
+            >= self.refusals
+        ):
             pass
         elif isinstance(node, Setting):
-            if node.order == "prefetch":
-                self.extend(self._settings(node.filling, node.number + 1))
+            if node.order != "vision_then_llm":
+                self._slower(node)
             self._time(node, 0)
         else:
             return self._build(node)
@@ -233,8 +242,17 @@ class _Queue:
             # what arrives early may be what packs with gaps: let more than so much less arrive early
             self._time(node.setting, 2 * gap)
         elif node.choice.order != "all_first":
-            self.refused.add(node.setting.filling)
+            self.refused[node.setting.filling] += 1
+            self.failed.add(self._key(node.choice))
+            if node.choice.order == "vision_then_llm":
+                self._slower(node.setting)
             self._retry(node.setting, found.bound_bytes - self.budget)
+            if self.problem.on_cpu and self.short:
+                # what pages add to the closed form differs: the next smaller setting may fit
+                filling = node.setting.filling
+                room = self.space.room(filling.decoding.root, filling.cap)
+                _, held = plain_bytes(self.space.parts, node.choice)
+                self._retry(node.setting, max(int(room) - held, 0) + 1)
         return None
 
     def extend(self, nodes: Iterator[tuple[float, Node]]) -> None:
@@ -242,32 +260,60 @@ class _Queue:
             self.push(bound, node)
 
     def _settings(
-        self, filling: Filling, number: int, *, plain: bool = False
+        self, filling: Filling, number: int, only: Order | None
     ) -> Iterator[tuple[float, Node]]:
         for bound, order in self.space.orders(filling, number):
-            # in the plain order a slower tower beside the same rest pays only where the faster one does not fit
-            if not number or plain == (order == "vision_then_llm"):
+            if only in (None, order):
                 yield bound, Setting(filling, number, order)
+
+    def _slower(self, setting: Setting) -> None:
+        """The next slower tower beside the same rest: in the plain order it pays only where the faster one does not fit."""
+        slower = self.space.following(*setting)
+        self.extend(self._settings(setting.filling, slower, setting.order))
+
+    def _key(self, choice: Choice) -> tuple[object, ...]:
+        """Equal for settings whose residents are the same units."""
+        blocks = self.problem.model.vision.depth
+        totals = self.space.parts.totals(choice.tiles.vocabulary_rows)
+        return (
+            choice.order,
+            choice.images_together,
+            choice.depth,
+            *choice.vision.positions((blocks, blocks)),
+            *choice.prefill.positions(totals, choice.decode),
+            *choice.decode.positions(totals),
+            choice.tiles,
+            choice.spare_bytes,
+        )
 
     def _time(self, setting: Setting, spare_bytes: int) -> None:
         """Exact seconds, and bytes by the closed form."""
-        choice = replace(self.space.choice(*setting), spare_bytes=spare_bytes)
-        found = worked(self.space.parts, choice)
-        excess = self._excess(choice, found.live, found.held)
-        if excess <= 0:
-            self.push(found.seconds, Timed(setting, choice))
-        elif (
-            setting.order == "prefetch"
-            and self._excess(choice, *plain_bytes(self.space.parts, choice)) <= 0
-        ):
-            # too much beside the steps of the vision tower: let so much less arrive early
-            self._time(setting, spare_bytes + excess)
-        elif setting.order != "all_first":  # it holds what others do not
-            if setting.order == "vision_then_llm":
-                self.extend(self._settings(setting.filling, setting.number + 1, plain=True))
-            if self.slope:  # a plan is wanted soon: nothing else beside the same rest
-                self.refused.add(setting.filling)
-            self._retry(setting, excess)
+        more, before = 0, None
+        while True:
+            choice = replace(self.space.choice(*setting), spare_bytes=spare_bytes)
+            if self.failed and self._key(choice) in self.failed:
+                if setting.order == "vision_then_llm":
+                    self._slower(setting)
+                return
+            found = worked(self.space.parts, choice)
+            excess = self._excess(choice, found.live, found.held)
+            if excess <= 0:
+                self.push(found.seconds, Timed(setting, choice))
+                return
+            plain = plain_bytes(self.space.parts, choice) if setting.order == "prefetch" else None
+            if plain is None or self._excess(choice, *plain) > 0:
+                break
+            # too much beside the steps of the vision tower: let so much less arrive early, or twice what changed nothing
+            more = 2 * more if found == before else excess
+            spare_bytes, before = spare_bytes + more, found
+        if setting.order == "all_first":  # it holds what others do not
+            return
+        if setting.order == "vision_then_llm":
+            self._slower(setting)
+        if self.slope:  # a plan is wanted soon: nothing else beside the same rest
+            self.refused[setting.filling] = self.refusals
+        less = self.space.lacking(setting.filling, choice)
+        self._retry(setting, less or excess)
 
     def _excess(self, choice: Choice, live: int, held: int) -> int:
         """Bytes beyond the budget by the closed form."""

@@ -11,11 +11,12 @@ has worked out in full is the fastest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import compress, product
-from operator import sub
+from itertools import accumulate, compress, product
+from operator import le, sub
 from typing import NamedTuple
 
 from planner import buffers
@@ -45,6 +46,17 @@ DEPTHS = (1, 2, 3)
 VISION_SHARES = 2  # residents of the vision tower are counted in halves of it
 
 
+def head_tiles(number: int) -> tuple[int, Anchor]:
+    """(count, anchor) of a set of lm_head tiles. The last tile may be short: 1 is the last, 2 another, 3 another and the last, and so on."""
+    return (number + 1) // 2, "late" if number % 2 else "early"
+
+
+def residency(attn: int, mlp: int, head: int, anchor: Anchor) -> PhaseResidency:
+    """So many attention and MLP halves, and this set of lm_head tiles."""
+    count, head_anchor = head_tiles(head)
+    return PhaseResidency(attn, mlp, count, anchor, head_anchor=head_anchor)
+
+
 class Root(NamedTuple):
     depth: int
     vocabulary_rows: int
@@ -52,7 +64,7 @@ class Root(NamedTuple):
 
 
 class Decoding(NamedTuple):
-    """Residents of decode; `anchor` None: not worked out yet."""
+    """Residents of decode; `anchor` None: not worked out yet. `head`: see `head_tiles`."""
 
     root: Root
     attn: int
@@ -61,7 +73,7 @@ class Decoding(NamedTuple):
     anchor: Anchor | None = None
 
     def residency(self) -> PhaseResidency:
-        return PhaseResidency(self.attn, self.mlp, self.head, self.anchor or "late")
+        return residency(self.attn, self.mlp, self.head, self.anchor or "late")
 
 
 class Filling(NamedTuple):
@@ -75,22 +87,26 @@ class Filling(NamedTuple):
     cap: float = UNLIMITED
 
     def residency(self) -> PhaseResidency:
-        return PhaseResidency(self.attn, self.mlp, self.head, self.anchor or "late")
+        return residency(self.attn, self.mlp, self.head, self.anchor or "late")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tower:
     """A setting of the vision tower, and its seconds where nothing else is under way."""
 
     together: bool
     residency: PhaseResidency
     tiles: dict[str, int]
+    frame: Frame
     seconds: tuple[float, float]
     compute_seconds: float
-    copy_seconds: float
+
+    @property
+    def copy_seconds(self) -> float:
+        return self.frame.copy_seconds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prompt:
     """A setting of prefill: seconds alone, and with its residents there already."""
 
@@ -129,8 +145,22 @@ class Space:
         self.points = lru_cache(maxsize=None)(self._points)
         self.prompt = lru_cache(maxsize=None)(self._prompt)
         self.prompted = lru_cache(maxsize=None)(self._prompted)
+        self.tower_live = lru_cache(maxsize=None)(self._tower_live)
+        self.tower_held = lru_cache(maxsize=None)(self._tower_held)
+        self.text_peaks = lru_cache(maxsize=4096)(self._text_peaks)
+        self.loaded = lru_cache(maxsize=None)(self._loaded)
         tall = problem.model.text.layers > TALL
         self.anchors: tuple[Anchor, ...] = ("early",) if tall else ANCHORS
+        self.ways = lru_cache(maxsize=None)(self._ways)
+
+    def _ways(self, attn: int, mlp: int, among: tuple[int, int]) -> list[Anchor]:
+        """The anchors that differ for so many residents among so many."""
+        if attn in (0, among[0]) and mlp in (0, among[1]):
+            return [ANCHORS[0]]
+        ways: dict[tuple[frozenset[int], frozenset[int]], Anchor] = {}
+        for anchor in self.anchors:
+            ways.setdefault((spread(attn, among[0], anchor), spread(mlp, among[1], anchor)), anchor)
+        return list(ways.values())
 
     def copied(self, size_bytes: float, *, first: bool) -> float:
         """At least so many seconds does a copy of so many bytes take."""
@@ -209,36 +239,42 @@ class Space:
     def _towers(self, depth: int, cap: float, room: float) -> list[Tower]:
         """Settings of the vision tower that fit, the fastest first."""
         if not self.problem.workload.images:
-            return [Tower(True, PhaseResidency(0, 0), {}, (0.0, 0.0), 0.0, 0.0)]
-        found = []
+            frame = self.parts.vision(True, PhaseResidency(0, 0), depth, False)
+            return [Tower(True, PhaseResidency(0, 0), {}, frame, (0.0, 0.0), 0.0)]
+        found: dict[tuple[object, ...], Tower] = {}
+        tall = self.problem.model.vision.depth > TALL
         for together, options in self.vision.items():
             for residency in self.vision_residencies(together, depth):
                 frame = self.parts.vision(together, residency, depth, False)
-                tiles = self.fitting(options, frame, room, cap)
-                if tiles is None:
-                    continue
-                steps = self.parts.seconds("vision", frame.bare, START.model_copy(update=tiles))
-                seconds = both(steps, frame.jobs, self.problem.costs.beside)
-                found.append(
-                    Tower(together, residency, tiles, seconds, sum(steps), frame.copy_seconds)
-                )
+                # blocks of several sizes may take more than the largest: the prompt's tiles and these need not share a cap
+                for mine in (cap,) if tall else self.caps:
+                    tiles = self.fitting(options, frame, room, mine)
+                    key = together, residency, *(tiles or {}).values()
+                    if tiles is None or key in found:
+                        continue
+                    steps = self.parts.seconds("vision", frame.bare, START.model_copy(update=tiles))
+                    seconds = both(steps, frame.jobs, self.problem.costs.beside)
+                    found[key] = Tower(together, residency, tiles, frame, seconds, sum(steps))
+        towers = list(found.values())
         # of equally fast ones that which stages least
-        found.sort(key=lambda t: -t.residency.attn - t.residency.mlp)
-        found.sort(key=lambda t: float(f"{min(t.seconds):.8e}"))
-        return found
+        towers.sort(key=lambda t: -t.residency.attn - t.residency.mlp)
+        towers.sort(key=lambda t: float(f"{min(t.seconds):.8e}"))
+        return towers
 
     def vision_residencies(self, together: bool, depth: int) -> list[PhaseResidency]:
-        """Where every unit is used once, as many attention as MLP halves."""
+        """How many attention and MLP halves may be resident, spread in each way."""
         blocks = self.problem.model.vision.depth
         step = max(blocks // VISION_SHARES, 1)
         counts = sorted({*range(0, blocks + 1, step), blocks})
-        pairs = [(n, n) for n in counts] if together else [(a, m) for a in counts for m in counts]
         found = []
+        pairs = list(product(counts, counts))
+        if together and blocks > TALL:
+            pairs = [(n, n) for n in counts]  # every unit is used once
         for attn, mlp in pairs:
             whole = (attn, mlp) == (blocks, blocks)
             if whole and depth > 1:
                 continue  # nothing is staged
-            anchors = self.anchors if 0 < attn + mlp and not whole else ANCHORS[:1]
+            anchors = self.ways(attn, mlp, (blocks, blocks))
             found += [PhaseResidency(attn, mlp, 0, anchor) for anchor in anchors]
         return found
 
@@ -247,22 +283,37 @@ class Space:
     def decodings(self, root: Root) -> Iterator[tuple[float, Decoding]]:
         """Residents of decode with their bounds; of attention halves the most that may fit."""
         stack = self.stack(self, root.vocabulary_rows)
-        layers, heads = stack.layers, stack.heads
+        layers, everything = stack.layers, stack.head_numbers[-1]
         if not self.repeats:
-            yield self._decoding(root, layers, layers, heads)
+            yield self._decoding(root, layers, layers, everything)
             return
-        room = self.room(root, self.caps[-1]) - stack.fixed_decode
         for mlp in range(layers, -1, -1):
-            for head in range(heads, -1, -1):
-                attn = stack.most_attn(root.depth, room, mlp, head, layers)
-                if attn is None:
-                    continue
-                yield self._decoding(root, attn, mlp, head)
-                if attn == layers:
-                    break  # fewer lm_head tiles would only leave room
-            else:
+            if (yield from self._fewer_heads(root, mlp, everything)) == everything:
+                break  # fewer MLP halves would only leave room
+
+    def _fewer_heads(
+        self, root: Root, mlp: int, most: int
+    ) -> Generator[tuple[float, Decoding], None, int | None]:
+        """With so many MLP halves; the set of lm_head tiles beside which all attention halves may fit, if any."""
+        stack = self.stack(self, root.vocabulary_rows)
+        room = self.room(root, self.caps[-1]) - stack.fixed_decode
+        for head in reversed(stack.head_numbers):
+            if head > most:
                 continue
-            if head == heads:
+            attn = stack.most_attn(root.depth, room, mlp, head, stack.layers)
+            if attn is not None:
+                yield self._decoding(root, attn, mlp, head)
+                if attn == stack.layers:
+                    return head  # fewer lm_head tiles would only leave room
+        return None
+
+    def _fewer_others(self, root: Root, mlp: int, head: int) -> Iterator[tuple[float, Decoding]]:
+        """What was left out because all attention halves might fit beside so many others, which they do not after all."""
+        everything = self.stack(self, root.vocabulary_rows).head_numbers[-1]
+        yield from self._fewer_heads(root, mlp, head - 1)
+        while head == everything and mlp:
+            mlp -= 1
+            if (yield from self._fewer_heads(root, mlp, everything)) == everything:
                 break
 
     def _decoding(self, root: Root, attn: int, mlp: int, head: int) -> tuple[float, Decoding]:
@@ -272,7 +323,7 @@ class Space:
         return self.front_bound(root, streamed) + rest, Decoding(root, attn, mlp, head)
 
     def worked_decodings(self, decoding: Decoding) -> Iterator[tuple[float, Decoding]]:
-        """The same residents spread in each way, with the exact seconds of their loop; and one attention half less, where that admits more."""
+        """The same residents spread in each way, with the exact seconds of their loop; and fewer, where that admits more."""
         root, (_, attn, mlp, head, _) = decoding.root, decoding
         if not self.repeats:
             yield self._decoding(root, attn, mlp, head)[0], decoding._replace(anchor="late")
@@ -281,10 +332,10 @@ class Space:
         least, most = self.room(root, self.caps[0]), self.room(root, self.caps[-1])
         fitting = False
         while not fitting:
-            left = 2 * stack.layers + stack.heads - attn - mlp - head
+            left = 2 * stack.layers + stack.heads - attn - mlp - head_tiles(head)[0]
             front = self.front_bound(root, stack.streamed(attn, mlp, head))
             everywhere = True  # it fits under the largest cap too
-            for anchor in self.anchors if left and attn + mlp else ANCHORS[:1]:
+            for anchor in self.ways(attn, mlp, (stack.layers, stack.layers)):
                 anchored = Decoding(root, attn, mlp, head, anchor)
                 peak = stack.decode_peak(anchored.residency(), root.depth, most)
                 # with as many slots as units they could as well be resident
@@ -292,6 +343,8 @@ class Space:
                     fitting = True
                     yield front + self.rest(anchored, None), anchored
                 everywhere &= peak <= least
+            if attn == stack.layers and not (fitting and everywhere):
+                yield from self._fewer_others(root, mlp, head)
             if not attn:
                 return
             attn -= 1
@@ -315,13 +368,13 @@ class Space:
         for depth, rows in product(DEPTHS, self.vocabulary_rows()):
             root, stack = Root(depth, rows), self.stack(self, rows)
             left = room - stack.fixed_decode
-            for mlp, head in product(range(stack.layers + 1), (0, stack.heads)):
+            for mlp, head in product(range(stack.layers + 1), (0, stack.head_numbers[-1])):
                 attn = stack.most_attn(depth, left, mlp, head, stack.layers)
                 if attn is None:
                     continue
                 bound, _ = self._decoding(root, attn, mlp, head)
                 if best is None or bound < best[0]:
-                    peak = stack.decode_peak(PhaseResidency(attn, mlp, head), depth)
+                    peak = stack.decode_peak(residency(attn, mlp, head, "late"), depth)
                     best = bound, min(peak, room)
         return best
 
@@ -362,6 +415,17 @@ class Space:
         stack = self.stack(self, root.vocabulary_rows)
         rest = self.rest(decoding, None)
         peak = stack.decode_peak(decoding.residency(), root.depth) if self.repeats else 0
+        if stack.short:
+            fewer = [
+                n
+                for n in stack.head_numbers
+                if n <= decoding.head and (decoding.head % 2 or n % 2 == 0)
+            ]
+            vision = self.tower_bound(root.depth, self.caps[0])
+            for residents in product(range(decoding.attn + 1), range(decoding.mlp + 1), fewer):
+                bound = self._filling_bound(decoding, residents, self.prompt_compute, vision, rest)
+                yield bound, Filling(decoding, *residents)
+            return
         found: dict[tuple[int, int, int], float] = {}
         for cap in self.caps:
             room = self.room(root, cap)
@@ -407,11 +471,10 @@ class Space:
     def worked_fillings(self, filling: Filling) -> Iterator[tuple[float, Filling]]:
         """The same residents spread in each way, under each cap, with the fastest prompt tiles that fit and exact seconds; and fewer residents where some cap admits none, or slower tiles than without."""
         decoding, root = filling.decoding, filling.decoding.root
-        same = filling[1:4] == decoding[1:4] and self.repeats
         everywhere = True
         stack = self.stack(self, root.vocabulary_rows)
         peak = stack.decode_peak(decoding.residency(), root.depth) if self.repeats else 0
-        for anchor in ANCHORS[:1] if same or not filling.attn + filling.mlp else self.anchors:
+        for anchor in self.ways(*filling[1:3], decoding[1:3]):
             seen: set[tuple[int, ...]] = set()
             # with equal tiles a smaller cap leaves more room
             for cap in reversed(self.caps):
@@ -434,7 +497,7 @@ class Space:
                 copied = min(tower.copy_seconds for tower in towers) + prompt.frame.copy_seconds
                 front = max(min(towers[0].seconds) + seconds, copied)
                 yield front + self.rest(decoding, anchored), anchored
-        if everywhere or not filling.attn + filling.mlp:
+        if everywhere or stack.short or not filling.attn + filling.mlp:
             return
         fewer = (filling.attn - 1, filling.mlp, filling.head)
         if not filling.attn:
@@ -478,10 +541,14 @@ class Space:
 
     # --- settings -------------------------------------------------------------------------------------------------
 
-    def orders(self, filling: Filling, number: int) -> Iterator[tuple[float, Order]]:
-        """Orders of phases with the tower of that number (the fastest is 0), and their bounds; the plain order's is exact."""
+    def towers_of(self, filling: Filling) -> list[Tower]:
+        """Those that fit beside nothing, the fastest first."""
         root = filling.decoding.root
-        towers = self.towers(root.depth, filling.cap, self.room(root, filling.cap))
+        return self.towers(root.depth, filling.cap, self.room(root, filling.cap))
+
+    def orders(self, filling: Filling, number: int) -> Iterator[tuple[float, Order]]:
+        """Orders of phases with the tower of that number (the fastest is 0), and their bounds; the plain order's is exact, the others' hold for slower towers too."""
+        towers = self.towers_of(filling)
         if number >= len(towers):
             return
         tower, prompt = towers[number], self.prompt(filling)
@@ -495,18 +562,92 @@ class Space:
             return
         overlapped = max(
             min(tower.seconds) + prompt.seconds_filled,
-            tower.copy_seconds + prompt.frame.copy_seconds,
+            min(t.copy_seconds for t in towers[number:]) + prompt.frame.copy_seconds,
         )
         yield overlapped + rest, "prefetch"
-        loaded = prompt.resident_copy_seconds + tower.compute_seconds + prompt.seconds_filled
-        yield loaded + rest, "all_first"
+        compute = min(t.compute_seconds for t in towers[number:])
+        yield prompt.resident_copy_seconds + compute + prompt.seconds_filled + rest, "all_first"
+
+    def following(self, filling: Filling, number: int, order: Order) -> int:
+        """The number of the next slower tower that may bring something where those up to that number do not fit, or have residents of prefill wait."""
+        towers, prompt = self.towers_of(filling), self.prompt(filling)
+        assert prompt is not None
+        sizes = [prompt.frame.sizes[early] for early in prompt.frame.early]
+        if order != "vision_then_llm" and self.problem.model.vision.depth > TALL:
+            return number + 1
+        text = self.text_peaks(filling, prompt)
+        known: list[tuple[Tower, int, list[int]]] = []
+        for n, tower in enumerate(towers):
+            if order == "vision_then_llm":
+                peak, starts = max(text[1], self.tower_held(tower)), []
+            elif order == "prefetch":
+                live = self.tower_live(tower)
+                peak = max(text[0], live[-1])
+                starts = latest_starts(live, peak, sizes)
+            else:
+                peak, starts = self.loaded(tower, filling.decoding.root.depth) + sum(sizes), []
+                if peak > self.room(filling.decoding.root, filling.cap):
+                    continue
+            if n > number and not any(
+                before.tiles == tower.tiles
+                and size <= peak
+                and (
+                    order == "vision_then_llm"
+                    or (
+                        before.copy_seconds <= tower.copy_seconds
+                        and before.compute_seconds <= tower.compute_seconds
+                        and (not any(other) or before.together == tower.together)
+                        and all(map(le, other, starts))
+                    )
+                )
+                for before, size, other in known
+            ):
+                return n
+            known.append((tower, peak, starts))
+        return len(towers)
+
+    def lacking(self, filling: Filling, choice: Choice) -> int:
+        """How much less room these tiles leave than was thought; 0 where the closed form cannot tell."""
+        limit = self.footprint.limit(choice)
+        return (
+            max(int(self.room(filling.decoding.root, filling.cap) - limit), 0)
+            if limit < UNLIMITED
+            else 0
+        )
+
+    def _text_peaks(self, filling: Filling, prompt: Prompt) -> tuple[int, int]:
+        """The most arena bytes alive in prefill and decode, and the most held."""
+        root = filling.decoding.root
+        rows, parts = root.vocabulary_rows, self.parts
+        tiles = self.stack(self, rows).tiles.model_copy(update=prompt.tiles)
+        peak = max(parts.live("prefill", prompt.frame, tiles))
+        held = parts.held("prefill", prompt.frame, tiles)
+        if self.repeats:
+            residents = filling.decoding.residency(), filling.residency()
+            loop = parts.decode(*residents, root.depth, rows)
+            peak = max(peak, *parts.live("decode", loop, tiles))
+            held = max(held, parts.held("decode", loop, tiles))
+        return peak, held
+
+    def _tower_held(self, tower: Tower) -> int:
+        return self.parts.held("vision", tower.frame, START.model_copy(update=tower.tiles))
+
+    def _tower_live(self, tower: Tower) -> list[int]:
+        """Of each step, from the last to the first: the most arena bytes alive from there to the end of the tower."""
+        tiles = START.model_copy(update=tower.tiles)
+        live = self.parts.live("vision", tower.frame, tiles)
+        return list(accumulate(reversed(live), max))
+
+    def _loaded(self, tower: Tower, depth: int) -> int:
+        """The most bytes held where all the tower's residents come before the first step."""
+        frame = self.parts.vision(tower.together, tower.residency, depth, True)
+        return self.parts.held("vision", frame, START.model_copy(update=tower.tiles))
 
     def choice(self, filling: Filling, number: int, order: Order) -> Choice:
         """Every lever set."""
         decoding = filling.decoding
         root = decoding.root
-        towers = self.towers(root.depth, filling.cap, self.room(root, filling.cap))
-        tower, prompt = towers[number], self.prompt(filling)
+        tower, prompt = self.towers_of(filling)[number], self.prompt(filling)
         assert prompt is not None
         tiles = self.stack(self, root.vocabulary_rows).tiles
         prefill = filling.residency()
@@ -536,10 +677,13 @@ class _Stack:
         self.norm = bare.units[2 * self.layers + 1]
         self._heads = bare.units[2 * self.layers + 2 : -1]
         self._units = [self.attn, self.mlp] * self.layers + self._heads
+        numbers = range(2 * self.heads)
         self._head_bytes = [
-            sum(self._heads[i] for i in spread(count, self.heads))
-            for count in range(self.heads + 1)
+            sum(self._heads[i] for i in spread(count, self.heads, anchor))
+            for count, anchor in map(head_tiles, numbers)
         ]
+        few = max(self.heads, self.layers) <= TALL and self._heads[-1] < self._heads[0]
+        self.head_numbers = [n for n in numbers if few or not n or n % 2]  # in order of bytes
         self.least_head = min(self._heads)
         self.total = sum(bare.units) - self.norm
         images = sum(parts.bare_vision(True).units) if problem.workload.images else 0
@@ -562,7 +706,8 @@ class _Stack:
         self.layer_cache = buffers.kv_cache(
             problem.model, problem.workload.context_tokens
         ).size_bytes
-        self.lax = not space.repeats or self.layers <= max(DEPTHS)
+        self.short = self.layers <= max(DEPTHS)
+        self.lax = self.short or not space.repeats
         if self.lax:
             self.layer_cache = 2**60  # the closed form cannot tell how many fit
         if not space.repeats:
@@ -584,14 +729,15 @@ class _Stack:
         largest = max(self.attn, self.mlp, *self._heads)
         return problem.costs.pin(int(min(streamed, max(problem.pinned_bytes - 2 * largest, 0))))
 
-    def head_bytes(self, count: int) -> int:
-        """Of so many resident tiles."""
-        return self._head_bytes[count]
+    def head_bytes(self, number: int) -> int:
+        """Of a set of resident tiles."""
+        return self._head_bytes[number]
 
     def decode_peak(self, residency: PhaseResidency, depth: int, room: float = UNLIMITED) -> int:
         """The most bytes held in decode; on the CPU at least so many, and exactly only where there is room for them."""
         resident = residency.attn * self.attn + residency.mlp * self.mlp
-        resident += self.head_bytes(residency.head)
+        heads = residency.positions((self.layers, self.layers, self.heads))[2]
+        resident += sum(self._heads[tile] for tile in heads)
         if self.space.problem.on_cpu:
             # in the end all slots are full
             full = self.least_decode + resident + self.slots(residency, depth)
@@ -609,7 +755,7 @@ class _Stack:
                 if left < 0:
                     continue
                 attn = whole_units(left, self.attn, decoding.attn)
-                if (attn, mlp, head) != (self.layers, self.layers, self.heads):
+                if (attn, mlp, head) != (self.layers, self.layers, self.head_numbers[-1]):
                     # so many layers before the last all slots are in use
                     depth = decoding.root.depth
                     before = room + (depth + 1) * self.layer_cache
@@ -627,7 +773,7 @@ class _Stack:
         least = [self.attn]
         if mlp < self.layers:
             least.append(self.mlp)
-        if head < self.heads:
+        if head < self.head_numbers[-1]:
             least.append(self.least_head)
         largest = max(least[1:], default=0)
         whole = left - (largest and largest + (depth - 1) * min(least[1:]))
@@ -672,8 +818,14 @@ class _Stack:
         if depth == 1 and attn is not None:
             # nothing is copied while what came through the one slot computes
             serial = (self.layers - attn) * self.one_attn + (self.layers - mlp) * self.one_mlp
-            period = max(period, link + serial + (self.heads - head) * self.one_head)
+            serial += (self.heads - head_tiles(head)[0]) * self.one_head
+            period = max(period, link + serial)
         return self.space.repeats * period
+
+
+def latest_starts(live: Sequence[int], room: int, sizes: Sequence[int]) -> list[int]:
+    """From which step on each of these, arriving in this order, fits beside the tower; `live`: from the last step to the first."""
+    return [len(live) - bisect_right(live, room - held) for held in accumulate(sizes)]
 
 
 def whole_units(room: float, size: int, most: int) -> int:

@@ -31,7 +31,7 @@ def test_both_queues_are_as_busy_as_predicted_and_phases_follow_one_another(
     assert drawn.phases[-1][2] == pytest.approx(plan.prediction.seconds)
     computing, copying = drawn.busy
     # on the CPU copies steal seconds, by which what is drawn is stretched
-    close = 0.06 if device == "cpu" else 1e-3
+    close = 0.08 if device == "cpu" else 1e-3
     assert computing == pytest.approx(sum(row.compute_seconds for row in rows), rel=close)
     assert copying == pytest.approx(sum(row.copy_seconds for row in rows), rel=close)
     for row in (drawn.compute, drawn.copies):

@@ -1,0 +1,90 @@
+"""The smallest budget is exact: with it a plan is found, with one MiB less none; and no setting of all fits that."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+
+from planner.certificate import least_plan
+from planner.errors import BudgetTooSmall
+from planner.problem import Problem
+from planner.profile import load_profile
+from planner.search import Request, search
+from planner.units import MIB
+
+CARD_6GB, CARD_16GB, CARD_80GB = "rtx-3060-laptop-6gb", "rtx-5080-16gb", "h100-sxm5-80gb"
+PHOTO, SMALL = (1920, 1080), (640, 480)
+FEW = [
+    ("3b", CARD_6GB, ()),
+    ("3b", "cpu", (SMALL,)),
+    ("7b", CARD_16GB, (PHOTO, SMALL)),
+    ("7b", "cpu", ()),
+    ("72b", CARD_80GB, (PHOTO,)),
+]
+IMAGES: list[tuple[tuple[int, int], ...]] = [(), (PHOTO,), (PHOTO, SMALL), ((3840, 2160), SMALL)]
+MODELS = ("3b", "7b", "32b", "72b")
+
+
+@pytest.fixture(scope="module")
+def optimality(kit: Any) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(kit.root / "benchmarks")
+        return importlib.import_module("optimality")
+
+
+def check_exact(kit: Any, model: str, device: str, sizes: Any, new_tokens: int) -> None:
+    workload = kit.workload(sizes, new=new_tokens)
+    request, profile = Request(kit.checkpoint(model), workload, None), load_profile(device)
+    least = least_plan(Problem(request, profile)).bound_bytes
+    plan = search(replace(request, budget_bytes=least), profile, compared=False)
+    assert plan.prediction.bound_peak_bytes <= least
+    assert plan.prediction.smallest_budget_bytes == least
+    with pytest.raises(BudgetTooSmall) as refused:
+        search(replace(request, budget_bytes=least - MIB), profile, compared=False)
+    assert refused.value.smallest_bytes == least
+
+
+@pytest.mark.parametrize(("model", "device", "sizes"), FEW)
+def test_the_smallest_budget_plans_and_one_mib_less_does_not(
+    kit: Any, model: str, device: str, sizes: Any
+) -> None:
+    check_exact(kit, model, device, sizes, 16)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("model", "device", "sizes", "new_tokens"),
+    list(product(MODELS, (CARD_6GB, CARD_16GB, CARD_80GB, "cpu"), IMAGES, (1, 64))),
+)
+def test_over_models_devices_and_images_the_smallest_budget_plans_and_one_mib_less_does_not(
+    kit: Any, model: str, device: str, sizes: Any, new_tokens: int
+) -> None:
+    check_exact(kit, model, device, sizes, new_tokens)
+
+
+def check_nothing_fits(optimality: Any, seed: int) -> None:
+    request, profile = optimality.drawn(seed)
+    least = least_plan(Problem(request, profile)).bound_bytes
+    within, below = (
+        optimality.Everything(Problem(replace(request, budget_bytes=budget), profile))
+        for budget in (least, least - MIB)
+    )
+    assert within.any_fits()
+    assert not below.any_fits()
+
+
+@pytest.mark.parametrize("seed", [0, 2, 4, 5, 6, 7])
+def test_of_all_tiles_of_a_small_request_none_fits_one_mib_less(optimality: Any, seed: int) -> None:
+    check_nothing_fits(optimality, seed)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", [1, 3, *range(8, 40)])
+def test_of_all_tiles_of_more_small_requests_none_fits_one_mib_less(
+    optimality: Any, seed: int
+) -> None:
+    check_nothing_fits(optimality, seed)
