@@ -18,13 +18,10 @@ from planner.problem import Problem
 from planner.schedule import Choice, PhaseResidency
 from planner.smallest import in_order
 from planner.space import Space
-from planner.units import MIB, format_gb_up, format_gib
+from planner.units import format_gb_up, format_gib
 from planner.workload import plan_image
 
 SHOWN_BYTES = 5 * 2**20 + 2**18  # terms below would read 0.00 GiB
-BEYOND = tuple(
-    MIB * n for n in (0, 2, 4, 8, 16, 32, 64)
-)  # by how much a larger arena may pay for smaller blocks
 TRIED = 24  # settings worked out, at most, to find the one that needs least
 FEWEST_TOKENS = 16  # an answer shorter than this is not suggested
 
@@ -74,21 +71,13 @@ def _by_kept(space: Space, phases: Sequence[tuple[Frame, Options]]) -> Iterator[
 
 
 def _by_caps(space: Space, phases: Sequence[tuple[Frame, Options]]) -> Iterator[dict[str, int]]:
-    """On a card for each cap on blocks outside the arena the tiles with least scratch; and beside a larger arena those with least blocks."""
+    """On a card for each cap on blocks outside the arena the tiles with least scratch."""
     for cap in space.caps:
         tiles: dict[str, int] = {}
         for _, options in phases:
             for found in options.values():
                 within = [o for o in found if o.outside <= cap] or found
                 tiles.update(min(within, key=lambda o: o.bytes).tiles)
-        yield tiles
-    kinds = [(f.base[kind], found) for f, options in phases for kind, found in options.items()]
-    least = max((base + min(o.bytes for o in found) for base, found in kinds), default=0)
-    for beyond in BEYOND:
-        tiles = {}
-        for base, found in kinds:
-            beside = [o for o in found if base + o.bytes <= least + beyond]
-            tiles.update(min(beside, key=lambda o: (o.outside, o.bytes)).tiles)
         yield tiles
 
 

@@ -32,7 +32,7 @@ OPENED_STEPS = 160_000  # steps of all nodes of the space that are opened, at mo
 SLOPE, STEEPER = 1 / 256, 40  # by which refined nodes are preferred then; doubled after so many
 REFUSED = 3  # settings with the same residents and prompt tiles that are worked out in full and do not fit, at most
 LACKED = 3  # settings that did not fit, after which all are given as much less room as the least of them lacked
-FOLLOWING = 80
+FOLLOWING = 60  # nodes opened after each plan found there, at most
 DIVED = 480  # nodes opened on the way to a plan where the search was cut off, at most
 BUILT = 24  # settings whose program, graph and layout are built, at most
 
@@ -268,7 +268,7 @@ class _Queue:
 
     def _slower(self, setting: Setting) -> None:
         """The next slower tower beside the same rest: in the plain order it pays only where the faster one does not fit."""
-        slower = self.space.following(*setting, soon=self.slope > 0)
+        slower = self.space.following(*setting)
         self.extend(self._settings(setting.filling, slower, setting.order))
 
     def _key(self, choice: Choice) -> tuple[object, ...]:

@@ -568,13 +568,13 @@ class Space:
         compute = min(t.compute_seconds for t in towers[number:])
         yield prompt.resident_copy_seconds + compute + prompt.seconds_filled + rest, "all_first"
 
-    def following(self, filling: Filling, number: int, order: Order, *, soon: bool = False) -> int:
+    def following(self, filling: Filling, number: int, order: Order) -> int:
         """The number of the next slower tower that may bring something where those up to that number do not fit, or have residents of prefill wait."""
         towers, prompt = self.towers_of(filling), self.prompt(filling)
         assert prompt is not None
         sizes = [prompt.frame.sizes[early] for early in prompt.frame.early]
-        if order != "vision_then_llm" and self.problem.model.vision.depth > TALL and not soon:
-            return number + 1  # there are few
+        if order != "vision_then_llm" and self.problem.model.vision.depth > TALL:
+            return number + 1
         text = self.text_peaks(filling, prompt)
         known: list[tuple[Tower, int, list[int]]] = []
         for n, tower in enumerate(towers):

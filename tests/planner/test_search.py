@@ -125,7 +125,7 @@ def test_the_smallest_budget_plans_and_one_mebibyte_less_is_refused(
 
 
 def suggestions(message: str) -> dict[str, str]:
-    ways = " ".join(message.split("to fit")[1].split())  # it may go on in further lines
+    ways = " ".join(message.split()).split(" to fit ")[1]
     return dict(part.split() for part in ways.split(" or "))
 
 
