@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from operator import itemgetter
-from textwrap import fill
 
 from planner.assemble import Evaluated, evaluate
 from planner.errors import BudgetTooSmall
 from planner.fronts import START, Options
 from planner.graph import Intervals
+from planner.lines import wrapped
 from planner.parts import Frame, plain_bytes
 from planner.problem import Problem
 from planner.schedule import Choice, PhaseResidency
@@ -112,15 +112,11 @@ def certificate(problem: Problem, smallest: Evaluated) -> BudgetTooSmall:
     ]
     return BudgetTooSmall(
         f"no plan fits {format_gib(budget)}: the smallest needs {format_gib(smallest.bound_bytes)}\n"
-        f"{_wrapped(f'  largest step  {step}:', ' + '.join(terms))}\n"
-        f"{_wrapped('  to fit       ', ' or '.join(fitting))}",
+        + wrapped(f"{step}: {' + '.join(terms)}", "  largest step  ", " " * 16)
+        + "\n"
+        + wrapped(" or ".join(fitting), "  to fit        ", " " * 16),
         smallest_bytes=smallest.bound_bytes,
     )
-
-
-def _wrapped(label: str, text: str) -> str:
-    """A labelled line of at most 80 columns, or several."""
-    return fill(f"{label} {text}", 80, subsequent_indent=" " * 16, break_on_hyphens=False)
 
 
 def _fewer_pixels(problem: Problem, budget: int) -> list[str]:

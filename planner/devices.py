@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from textwrap import fill
 from typing import Any
 
 from planner.arguments import Parser
 from planner.files import reaching_stdout
+from planner.lines import wrapped
 from planner.profile import FIGURES, DeviceProfile, list_profiles, load_profile
 from planner.units import GIB
 
@@ -87,16 +87,10 @@ def _print_all(profiles: list[DeviceProfile]) -> None:
 def _print_one(profile: DeviceProfile) -> None:
     print(f"{profile.name} ({profile.id}), {profile.kind}; rates: {rates_from(profile)}")
     if profile.note:
-        print(_wrapped(profile.note, 2, 2))
+        print(wrapped(profile.note, "  ", "  "))
     for name in FIGURES:
-        print(_wrapped(f"{name}: {_figure(getattr(profile, name))}", 0, 2))
-        print(_wrapped(profile.sources[name], 4, 4))
-
-
-def _wrapped(text: str, first: int, other: int) -> str:
-    """In lines of at most 80 columns, with so many blanks before the first and the others."""
-    blanks, more = " " * first, " " * other
-    return fill(text, 80, initial_indent=blanks, subsequent_indent=more, break_on_hyphens=False)
+        print(wrapped(f"{name}: {_figure(getattr(profile, name))}", "", "  "))
+        print(wrapped(profile.sources[name], "    ", "    "))
 
 
 def _figure(value: Any) -> str:

@@ -24,7 +24,8 @@ from planner.plan import Order, Plan
 from planner.problem import Problem, Request
 from planner.profile import DeviceProfile
 from planner.schedule import Choice
-from planner.space import DEPTHS, Decoding, Filling, Root, Space
+from planner.space import Filling, Space
+from planner.stack import Decoding, Root
 from planner.units import format_gib
 from planner.variants import evaluate_ordered, variants
 
@@ -181,8 +182,7 @@ class _Queue:
         self.heap: list[Entry] = []
         self.slope = 0.0  # by which coarser nodes are put off
         self.budget = self.problem.request.budget_bytes
-        self.short = space.problem.model.text.layers <= max(DEPTHS)
-        self.refusals = REFUSED if self.short else 1
+        self.refusals = REFUSED if space.short else 1
         self.weighed = self.pushed = self.built = 0
         self.lacked: list[int] = []  # bytes of room that settings lacked
         self.refused: Counter[Filling] = Counter()  # too large once worked out in full, so often
@@ -247,7 +247,7 @@ class _Queue:
             if node.choice.order == "vision_then_llm":
                 self._slower(node.setting)
             self._retry(node.setting, found.bound_bytes - self.budget)
-            if self.problem.on_cpu and self.short:
+            if self.problem.on_cpu and self.space.short:
                 # what pages add to the closed form differs: the next smaller setting may fit
                 filling = node.setting.filling
                 room = self.space.room(filling.decoding.root, filling.cap)

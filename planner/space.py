@@ -11,15 +11,13 @@ has worked out in full is the fastest.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate, compress, product
-from operator import le, sub
+from itertools import product
+from operator import le
 from typing import NamedTuple
 
-from planner import buffers
 from planner.footprint import Footprint
 from planner.fronts import (
     START,
@@ -33,47 +31,16 @@ from planner.fronts import (
     prefill_options,
     vision_options,
 )
-from planner.parts import Frame, Parts, both
-from planner.plan import Order, Tiles
+from planner.parts import Frame, Parts, both, early_starts
+from planner.plan import Order
 from planner.problem import Problem
 from planner.queues import Beside, line
 from planner.schedule import Anchor, Choice, PhaseResidency, spread
+from planner.stack import TALL, UNLIMITED, Decoding, Root, Stack, head_tiles, residency_of
 
-UNLIMITED = float("inf")
 ANCHORS: tuple[Anchor, ...] = ("late", "early", "middle")
-TALL = 8  # stacks of more layers begin with a resident unit, if they have any: where it lies matters little
 DEPTHS = (1, 2, 3)
 VISION_SHARES = 2  # residents of the vision tower are counted in halves of it
-
-
-def head_tiles(number: int) -> tuple[int, Anchor]:
-    """(count, anchor) of a set of lm_head tiles. The last tile may be short: 1 is the last, 2 another, 3 another and the last, and so on."""
-    return (number + 1) // 2, "late" if number % 2 else "early"
-
-
-def residency(attn: int, mlp: int, head: int, anchor: Anchor) -> PhaseResidency:
-    """So many attention and MLP halves, and this set of lm_head tiles."""
-    count, head_anchor = head_tiles(head)
-    return PhaseResidency(attn, mlp, count, anchor, head_anchor=head_anchor)
-
-
-class Root(NamedTuple):
-    depth: int
-    vocabulary_rows: int
-    less: int = 0  # bytes of the room that are not used
-
-
-class Decoding(NamedTuple):
-    """Residents of decode; `anchor` None: not worked out yet. `head`: see `head_tiles`."""
-
-    root: Root
-    attn: int
-    mlp: int
-    head: int
-    anchor: Anchor | None = None
-
-    def residency(self) -> PhaseResidency:
-        return residency(self.attn, self.mlp, self.head, self.anchor or "late")
 
 
 class Filling(NamedTuple):
@@ -87,7 +54,7 @@ class Filling(NamedTuple):
     cap: float = UNLIMITED
 
     def residency(self) -> PhaseResidency:
-        return residency(self.attn, self.mlp, self.head, self.anchor or "late")
+        return residency_of(self.attn, self.mlp, self.head, self.anchor or "late")
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +108,7 @@ class Space:
         self.prompt_compute = least_seconds(self.prefill, self.caps[0])
         self.towers = lru_cache(maxsize=None)(self._towers)
         self.tower_bound = lru_cache(maxsize=None)(self._tower_bound)
-        self.stack = lru_cache(maxsize=None)(_Stack)
+        self.stack = lru_cache(maxsize=None)(Stack)
         self.points = lru_cache(maxsize=None)(self._points)
         self.prompt = lru_cache(maxsize=None)(self._prompt)
         self.prompted = lru_cache(maxsize=None)(self._prompted)
@@ -149,8 +116,10 @@ class Space:
         self.tower_held = lru_cache(maxsize=None)(self._tower_held)
         self.text_peaks = lru_cache(maxsize=4096)(self._text_peaks)
         self.loaded = lru_cache(maxsize=None)(self._loaded)
-        tall = problem.model.text.layers > TALL
-        self.anchors: tuple[Anchor, ...] = ("early",) if tall else ANCHORS
+        layers = problem.model.text.layers
+        # as many slots as units of a class may stage all of them
+        self.short = layers <= max(DEPTHS)
+        self.anchors: tuple[Anchor, ...] = ("early",) if layers > TALL else ANCHORS
         self.ways = lru_cache(maxsize=None)(self._ways)
 
     def _ways(self, attn: int, mlp: int, among: tuple[int, int]) -> list[Anchor]:
@@ -267,10 +236,8 @@ class Space:
         step = max(blocks // VISION_SHARES, 1)
         counts = sorted({*range(0, blocks + 1, step), blocks})
         found = []
-        pairs = list(product(counts, counts))
-        if together and blocks > TALL:
-            pairs = [(n, n) for n in counts]  # every unit is used once
-        for attn, mlp in pairs:
+        once = together and blocks > TALL  # every unit is used once
+        for attn, mlp in zip(counts, counts, strict=True) if once else product(counts, counts):
             whole = (attn, mlp) == (blocks, blocks)
             if whole and depth > 1:
                 continue  # nothing is staged
@@ -374,7 +341,7 @@ class Space:
                     continue
                 bound, _ = self._decoding(root, attn, mlp, head)
                 if best is None or bound < best[0]:
-                    peak = stack.decode_peak(residency(attn, mlp, head, "late"), depth)
+                    peak = stack.decode_peak(residency_of(attn, mlp, head, "late"), depth)
                     best = bound, min(peak, room)
         return best
 
@@ -415,7 +382,7 @@ class Space:
         stack = self.stack(self, root.vocabulary_rows)
         rest = self.rest(decoding, None)
         peak = stack.decode_peak(decoding.residency(), root.depth) if self.repeats else 0
-        if stack.short:
+        if self.short:
             fewer = [
                 n
                 for n in stack.head_numbers
@@ -497,7 +464,7 @@ class Space:
                 copied = min(tower.copy_seconds for tower in towers) + prompt.frame.copy_seconds
                 front = max(min(towers[0].seconds) + seconds, copied)
                 yield front + self.rest(decoding, anchored), anchored
-        if everywhere or stack.short or not filling.attn + filling.mlp:
+        if everywhere or self.short or not filling.attn + filling.mlp:
             return
         fewer = (filling.attn - 1, filling.mlp, filling.head)
         if not filling.attn:
@@ -582,8 +549,8 @@ class Space:
                 peak, starts = max(text[1], self.tower_held(tower)), []
             elif order == "prefetch":
                 live = self.tower_live(tower)
-                peak = max(text[0], live[-1])
-                starts = latest_starts(live, peak, sizes)
+                peak = max(text[0], *live)
+                starts = early_starts([peak - size for size in live], sizes)
             else:
                 peak, starts = self.loaded(tower, filling.decoding.root.depth) + sum(sizes), []
                 if peak > self.room(filling.decoding.root, filling.cap):
@@ -633,10 +600,8 @@ class Space:
         return self.parts.held("vision", tower.frame, START.model_copy(update=tower.tiles))
 
     def _tower_live(self, tower: Tower) -> list[int]:
-        """Of each step, from the last to the first: the most arena bytes alive from there to the end of the tower."""
-        tiles = START.model_copy(update=tower.tiles)
-        live = self.parts.live("vision", tower.frame, tiles)
-        return list(accumulate(reversed(live), max))
+        """Arena bytes alive at each step of the tower."""
+        return self.parts.live("vision", tower.frame, START.model_copy(update=tower.tiles))
 
     def _loaded(self, tower: Tower, depth: int) -> int:
         """The most bytes held where all the tower's residents come before the first step."""
@@ -660,174 +625,3 @@ class Space:
             decoding.residency() if self.repeats else prefill,
             tiles.model_copy(update=tower.tiles | prompt.tiles),
         )
-
-
-class _Stack:
-    """Sizes and seconds of the language model at one tiling of lm_head."""
-
-    def __init__(self, space: Space, vocabulary_rows: int) -> None:
-        self.space = space
-        parts, problem = space.parts, space.problem
-        pinned = problem.request.tiles or START
-        self.tiles: Tiles = pinned.model_copy(update={"vocabulary_rows": vocabulary_rows})
-        bare = parts.bare_text(True, vocabulary_rows)
-        first = parts.bare_text(False, vocabulary_rows)
-        self.layers, _, self.heads = parts.totals(vocabulary_rows)
-        self.attn, self.mlp = bare.units[1], bare.units[2]
-        self.norm = bare.units[2 * self.layers + 1]
-        self._heads = bare.units[2 * self.layers + 2 : -1]
-        self._units = [self.attn, self.mlp] * self.layers + self._heads
-        numbers = range(2 * self.heads)
-        self._head_bytes = [
-            sum(self._heads[i] for i in spread(count, self.heads, anchor))
-            for count, anchor in map(head_tiles, numbers)
-        ]
-        few = max(self.heads, self.layers) <= TALL and self._heads[-1] < self._heads[0]
-        self.head_numbers = [n for n in numbers if few or not n or n % 2]  # in order of bytes
-        self.least_head = min(self._heads)
-        self.total = sum(bare.units) - self.norm
-        images = sum(parts.bare_vision(True).units) if problem.workload.images else 0
-        self.brought = space.copied(images + self.total, first=True)  # every unit once, from disk
-        taken = parts.scratch("decode", bare, self.tiles)
-        on_cpu = problem.on_cpu
-        self.decode_taken = {k: s + (o if on_cpu else 0) for k, (s, o) in taken.items()}
-        taken = parts.scratch("prefill", first, self.tiles)
-        # attention and MLP halves choose their tiles
-        self.prefill_taken = {k: both for k, both in taken.items() if k not in space.prefill}
-        held = [
-            live - unwritten + self.decode_taken[kind]
-            for live, unwritten, kind in zip(bare.live, bare.unwritten, bare.kinds, strict=True)
-        ]
-        self.fixed_decode = max(held) + self.norm
-        self.least_decode: int = min(map(sub, bare.live, bare.unwritten)) + self.norm
-        halves = [i for i, kind in enumerate(first.kinds) if kind in space.prefill]
-        self.most_prefill = max(first.live[i] - first.unwritten[i] for i in halves)
-        self.fixed_prefill = self.most_prefill + self.norm
-        self.layer_cache = buffers.kv_cache(
-            problem.model, problem.workload.context_tokens
-        ).size_bytes
-        self.short = self.layers <= max(DEPTHS)
-        self.lax = self.short or not space.repeats
-        if self.lax:
-            self.layer_cache = 2**60  # the closed form cannot tell how many fit
-        if not space.repeats:
-            self.fixed_prefill = 0  # residents are given up as they are used
-        seconds = parts.seconds("decode", bare, self.tiles)
-        self.decode_compute = sum(seconds)
-        self.one_attn, self.one_mlp = seconds[1], seconds[2]
-        self.one_head = min(seconds[2 * self.layers + 2 : -1])
-        seconds = parts.seconds("prefill", first, self.tiles)
-        self.small_prefill = sum(
-            s for s, kind in zip(seconds, first.kinds, strict=True) if kind not in space.prefill
-        )
-
-    def pin_bound(self, streamed: float) -> float:
-        """Where at least so many bytes are streamed in decode, taking pinned memory for those that stay there takes at least so long."""
-        problem = self.space.problem
-        if not problem.pinned_bytes or not self.space.repeats:
-            return 0.0
-        largest = max(self.attn, self.mlp, *self._heads)
-        return problem.costs.pin(int(min(streamed, max(problem.pinned_bytes - 2 * largest, 0))))
-
-    def head_bytes(self, number: int) -> int:
-        """Of a set of resident tiles."""
-        return self._head_bytes[number]
-
-    def decode_peak(self, residency: PhaseResidency, depth: int, room: float = UNLIMITED) -> int:
-        """The most bytes held in decode; on the CPU at least so many, and exactly only where there is room for them."""
-        resident = residency.attn * self.attn + residency.mlp * self.mlp
-        heads = residency.positions((self.layers, self.layers, self.heads))[2]
-        resident += sum(self._heads[tile] for tile in heads)
-        if self.space.problem.on_cpu:
-            # in the end all slots are full
-            full = self.least_decode + resident + self.slots(residency, depth)
-            if full > room:
-                return full
-            parts, rows = self.space.parts, self.tiles.vocabulary_rows
-            return parts.held("decode", parts.decode(residency, residency, depth, rows), self.tiles)
-        return self.fixed_decode + resident + self.slots(residency, depth)
-
-    def fillings(self, decoding: Decoding, room: float) -> Iterator[tuple[int, int, int]]:
-        """Residents of prefill among those of decode, for so many MLP halves and all or no lm_head tiles the most attention halves that may fit."""
-        for head in dict.fromkeys((decoding.head, 0)):
-            for mlp in range(decoding.mlp, -1, -1):
-                left = room - mlp * self.mlp - self.head_bytes(head)
-                if left < 0:
-                    continue
-                attn = whole_units(left, self.attn, decoding.attn)
-                if (attn, mlp, head) != (self.layers, self.layers, self.head_numbers[-1]):
-                    # so many layers before the last all slots are in use
-                    depth = decoding.root.depth
-                    before = room + (depth + 1) * self.layer_cache
-                    most = self.most_attn(depth, before, mlp, head, self.layers)
-                    if most is None:
-                        continue
-                    attn = min(attn, most)
-                yield attn, mlp, head
-                if attn == decoding.attn:
-                    break
-
-    def most_attn(self, depth: int, room: float, mlp: int, head: int, most: int) -> int | None:
-        """No more attention halves may fit beside so many others and the slots; None where not even these do."""
-        left = room - mlp * self.mlp - self.head_bytes(head)
-        least = [self.attn]
-        if mlp < self.layers:
-            least.append(self.mlp)
-        if head < self.head_numbers[-1]:
-            least.append(self.least_head)
-        largest = max(least[1:], default=0)
-        whole = left - (largest and largest + (depth - 1) * min(least[1:]))
-        if whole >= self.layers * self.attn and most == self.layers:
-            return self.layers
-        left -= max(largest, self.attn) + (depth - 1) * min(least)
-        if left < 0:
-            return None
-        return whole_units(left, self.attn, self.layers - 1 if most == self.layers else most)
-
-    def slots(self, residency: PhaseResidency, depth: int) -> int:
-        """Bytes of the staging slots that the others use in turn."""
-        attn, mlp, head = residency.positions((self.layers, self.layers, self.heads))
-        streamed = [True] * len(self._units)
-        for layer in attn:
-            streamed[2 * layer] = False
-        for layer in mlp:
-            streamed[2 * layer + 1] = False
-        for tile in head:
-            streamed[2 * self.layers + tile] = False
-        sizes = list(compress(self._units, streamed))
-        return sum(max(sizes[slot::depth]) for slot in range(min(depth, len(sizes))))
-
-    def streamed(self, attn: int, mlp: int, head: int) -> int:
-        """Bytes that are not resident."""
-        resident = attn * self.attn + mlp * self.mlp + self.head_bytes(head)
-        return self.total - resident
-
-    def rest_bound(
-        self,
-        depth: int,
-        streamed: float,
-        attn: int | None = None,
-        mlp: int = 0,
-        head: int = 0,
-    ) -> float:
-        """Decode takes at least so long where so many bytes are streamed."""
-        if not self.space.repeats:
-            return 0.0
-        link = self.space.copied(streamed, first=False) if streamed else 0.0
-        period = max(self.decode_compute, link)
-        if depth == 1 and attn is not None:
-            # nothing is copied while what came through the one slot computes
-            serial = (self.layers - attn) * self.one_attn + (self.layers - mlp) * self.one_mlp
-            serial += (self.heads - head_tiles(head)[0]) * self.one_head
-            period = max(period, link + serial)
-        return self.space.repeats * period
-
-
-def latest_starts(live: Sequence[int], room: int, sizes: Sequence[int]) -> list[int]:
-    """From which step on each of these, arriving in this order, fits beside the tower; `live`: from the last step to the first."""
-    return [len(live) - bisect_right(live, room - held) for held in accumulate(sizes)]
-
-
-def whole_units(room: float, size: int, most: int) -> int:
-    """How many units of a size have room."""
-    return most if room >= most * size else int(room // size)

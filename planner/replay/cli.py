@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from planner.arguments import Parser
 from planner.files import reaching_stdout
+from planner.lines import COLUMNS
 from planner.units import format_gib, format_mib
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
     from planner.replay.recording import Outcome, Replay
     from planner.replay.snapshot import DeviceRecord, Snapshot
-
-COLUMNS = 80
 
 EPILOG = """\
 FILE is what torch.cuda.memory._dump_snapshot wrote after torch.cuda.memory._record_memory_history, or its JSON;

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from planner.lines import COLUMNS
 from planner.plan import Levers, Plan, Workload
 from planner.screen import tables
 from planner.units import format_gib, format_seconds
@@ -244,7 +245,7 @@ def _run(plan: Plan, path: Path | None) -> str:
         words.append("--image " + ("FILE" if image.name == size else shlex.quote(image.name)))
     lines = [""]
     for word in [*words, "--prompt TEXT"]:
-        if len(lines[-1]) + len(word) > tables.COLUMNS - 5 and lines[-1]:
+        if len(lines[-1]) + len(word) > COLUMNS - 5 and lines[-1]:
             lines.append("   ")
         lines[-1] += f" {word}"
     text = " " + " \\\n ".join(lines)

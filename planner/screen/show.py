@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from planner.devices import rates_from
 from planner.errors import InputError
+from planner.lines import COLUMNS
 from planner.plan import Plan
 from planner.problem import Request
 from planner.profile import DeviceProfile
-from planner.screen import report, tables
+from planner.screen import report
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -97,6 +98,6 @@ def _print(screen: RenderableType) -> None:
         Console(highlight=False).print(screen)
         return
     text = StringIO()
-    Console(file=text, highlight=False, width=tables.COLUMNS).print(screen)
+    Console(file=text, highlight=False, width=COLUMNS).print(screen)
     # rows of a table end in spaces, which nobody wants in a file
     sys.stdout.write("".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines()))

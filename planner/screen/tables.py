@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
+from planner.lines import COLUMNS
 from planner.plan import Plan
 from planner.screen.gantt import bar, columns, gantt, widths
 from planner.units import GIB, MIB, format_seconds
@@ -16,7 +17,6 @@ from planner.units import GIB, MIB, format_seconds
 if TYPE_CHECKING:
     from planner.screen.sweep import Frontier, FrontierPoint, Neighbour
 
-COLUMNS = 80
 LABEL, SUMMARY = 10, 14  # columns left and right of the timeline
 
 
