@@ -161,6 +161,9 @@ class Corner:
         self.left = lru_cache(maxsize=None)(self._left)
         self.least = self._least("vision"), self._least("prefill")
 
+    def options(self, phase: Phase) -> Options:
+        return self.vision if phase == "vision" else self.prefill
+
     def _fixed(self, phase: Phase, bare: Bare, options: Options) -> Taken:
         """Scratch and blocks outside the arena of kinds without options."""
         found: Taken = {}
@@ -204,6 +207,11 @@ class Corner:
             key=lambda v: self.besides((v, other) if phase == "vision" else (other, v)),
         )
 
+    def _beside_least(self, phase: Phase, vector: Vector) -> int:
+        """Bytes beside what the steps hold, with those tiles of the other phase for which they are fewest."""
+        vision, prefill = self.least
+        return self.besides((vector, prefill) if phase == "vision" else (vision, vector))
+
     def _left(self, phase: Phase, vector: Vector) -> float:
         """Bytes that a phase may hold with these tiles, the other phase's tiles being those for which least is taken beside."""
         budget = self.all.budget
@@ -211,9 +219,7 @@ class Corner:
             return float("inf")
         if not self.problem.on_cpu and self.room <= SMALL_BYTES:
             return self.room
-        least = self.least
-        beside = self.besides((vector, least[1]) if phase == "vision" else (least[0], vector))
-        left = budget - beside
+        left = budget - self._beside_least(phase, vector)
         return min(self.room, left if self.problem.on_cpu else left // STEP_BYTES * STEP_BYTES)
 
     def fastest(self, below: float) -> tuple[float, Choice] | None:
@@ -338,11 +344,8 @@ class Corner:
         """Seconds of prefill with all its residents there from the start."""
         key = text.like, vector
         if key not in self.there:
-            early = set(text.frame.early)
-            jobs = [
-                j._replace(seconds=0.0) if n in early else j for n, j in enumerate(text.frame.jobs)
-            ]
-            self.there[key] = min(self.apart(self.steps("prefill", text, vector), jobs))
+            steps = self.steps("prefill", text, vector)
+            self.there[key] = min(self.apart(steps, arrived(text.frame)))
         return self.there[key]
 
     def live(self, phase: Phase, part: Part, vector: Vector) -> list[int]:
@@ -386,18 +389,17 @@ class Corner:
     def _points(self, phase: Phase, part: Part) -> list[Point]:
         """A part's combinations of tiles, the fastest first."""
         if part.number not in self.pointed:
-            options = self.vision if phase == "vision" else self.prefill
+            options = self.options(phase)
             bare = part.frame.bare
             steps = self.parts.seconds(phase, bare, self.start)
             fixed = sum(s for s, k in zip(steps, bare.kinds, strict=True) if k not in options)
             found = []
-            for vector in product(*(range(len(each)) for each in options.values())):
-                pair = (vector, self.least[1]) if phase == "vision" else (self.least[0], vector)
+            for vector in self.every(phase):
                 chosen = zip(options.values(), vector, strict=True)
                 compute = fixed + sum(each[number].seconds for each, number in chosen)
                 held = self.bytes_held(phase, part.frame, vector)
                 if max(held, part.looped) <= self.left(phase, vector):
-                    found.append(Point(compute, held, self.besides(pair), vector))
+                    found.append(Point(compute, held, self._beside_least(phase, vector), vector))
             self.pointed[part.number] = sorted(found)
         return self.pointed[part.number]
 
@@ -419,7 +421,7 @@ class Corner:
 
     def every(self, phase: Phase) -> Iterator[Vector]:
         """Every combination of a phase's tiles."""
-        options = self.vision if phase == "vision" else self.prefill
+        options = self.options(phase)
         return product(*(range(len(found)) for found in options.values()))
 
     def fits(self, held: int, vectors: Vectors) -> bool:
@@ -466,7 +468,7 @@ class Corner:
     def bytes_held(self, phase: Phase, frame: Frame, vector: Vector) -> int:
         if not frame.bare.kinds:
             return 0
-        options = self.vision if phase == "vision" else self.prefill
+        options = self.options(phase)
         taken = dict(self.fixed[phase])
         if vector:
             for (kind, found), number in zip(options.items(), vector, strict=True):
@@ -478,19 +480,18 @@ class Corner:
             for (before, kind, images), held in frame.still.items()
         )
 
+    def _chosen(self, phase: Phase, vector: Vector) -> dict[str, int]:
+        chosen: dict[str, int] = {}
+        for index, found in zip(vector, self.options(phase).values(), strict=True):
+            chosen.update(found[index].tiles)
+        return chosen
+
     def _tiles(self, phase: Phase, vector: Vector) -> Tiles:
-        options = self.vision if phase == "vision" else self.prefill
-        update: dict[str, int] = {}
-        for index, found in zip(vector, options.values(), strict=True):
-            update.update(found[index].tiles)
-        return self.start.model_copy(update=update)
+        return self.start.model_copy(update=self._chosen(phase, vector))
 
     def _both(self, vectors: Vectors) -> Tiles:
-        update: dict[str, int] = {}
-        for options, vector in zip((self.vision, self.prefill), vectors, strict=True):
-            for index, found in zip(vector, options.values(), strict=True):
-                update.update(found[index].tiles)
-        return self.start.model_copy(update=update)
+        tiles = self.tiles("vision", vectors[0])
+        return tiles.model_copy(update=self._chosen("prefill", vectors[1]))
 
     def _choice(self, entry: Entry) -> Choice:
         tower, text = entry.tower, entry.text
@@ -519,7 +520,7 @@ class Corner:
 
     def _fitting(self, phase: Phase, frame: Frame, least: int = 0) -> tuple[Vector, ...]:
         """The combinations of tiles with which a part fits by itself and that are not slower in all than another such; `least`: bytes held in any case."""
-        by_kind = self.vision if phase == "vision" else self.prefill
+        by_kind = self.options(phase)
         options = list(by_kind.values())
         first = []
         for kind, each in by_kind.items():
@@ -562,7 +563,7 @@ class Corner:
             frame = self.parts.vision(self.together, residency, self.depth, False)
             vectors = self._fitting("vision", frame)
             if vectors:
-                vector = tuple(map(min, *vectors)) if len(vectors) > 1 else vectors[0]
+                vector = tuple(map(min, zip(*vectors, strict=True)))
                 steps = self.parts.seconds("vision", frame.bare, self.tiles("vision", vector))
                 yield Part(
                     self._number(),
@@ -602,12 +603,8 @@ class Corner:
                 vectors = self._fitting("prefill", frame, looped)
                 if not vectors:
                     continue
-                vector = tuple(map(min, *vectors)) if len(vectors) > 1 else vectors[0]
+                vector = tuple(map(min, zip(*vectors, strict=True)))
                 steps = parts.seconds("prefill", frame.bare, self.tiles("prefill", vector))
-                early = set(frame.early)
-                filled = [
-                    j._replace(seconds=0.0) if n in early else j for n, j in enumerate(frame.jobs)
-                ]
                 yield Part(
                     self._number(),
                     frame,
@@ -619,12 +616,18 @@ class Corner:
                     rest,
                     decode,
                     looped,
-                    min(self.apart(steps, filled)),
-                    sum(frame.jobs[n].seconds for n in early),
-                    sum(frame.sizes[n] for n in early),
+                    min(self.apart(steps, arrived(frame))),
+                    sum(frame.jobs[n].seconds for n in frame.early),
+                    sum(frame.sizes[n] for n in frame.early),
                     peak=peak,
                     like=(*inner, parts.pinned(decode, self.rows)),
                 )
+
+
+def arrived(frame: Frame) -> list[Job]:
+    """A phase's copies, those of residents that may come before it done."""
+    early = set(frame.early)
+    return [j._replace(seconds=0.0) if n in early else j for n, j in enumerate(frame.jobs)]
 
 
 def slower(vector: Vector, options: Sequence[Sequence[Option]]) -> Iterator[Vector]:

@@ -9,11 +9,12 @@ Nothing else runs meanwhile, which is how it is where steps run on a card. Media
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from contextlib import closing
 from pathlib import Path
+
+from streaming import drop
 
 from executor.files import Files
 from executor.queues import PIECE_BYTES, RING_PIECES
@@ -34,7 +35,7 @@ def main() -> None:
         for cold in (True, False):
             for readers in options.readers:
                 if cold:
-                    drop(options.file)
+                    drop(options.file, 0, 0)
                 seconds = read(options.file, size, ring, readers)
                 found.setdefault((cold, readers), []).append(size / seconds / 1e9)
     print("| threads | cold disk | page cache |")
@@ -52,13 +53,6 @@ def read(path: Path, size: int, ring: memoryview, readers: int) -> float:
             at = number % RING_PIECES * PIECE_BYTES
             files.read(path, offset, [ring[at : at + min(PIECE_BYTES, size - offset)]])
         return time.perf_counter() - start
-
-
-def drop(path: Path) -> None:
-    """Put the file out of the page cache."""
-    handle = os.open(path, os.O_RDONLY)
-    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(handle)
 
 
 if __name__ == "__main__":

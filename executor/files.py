@@ -116,10 +116,8 @@ class Crew:
             try:
                 raise failed
             finally:
-                del (
-                    failed,
-                    errors,
-                )  # or it and this frame would keep one another, and what was read into
+                # or they and this frame would keep one another, and what was read into
+                del failed, errors
 
     def _work(self) -> None:
         while (given := self._given.get()) is not None:

@@ -22,9 +22,8 @@ from executor.files import Files, readers_beside_a_card
 from executor.ops import linear, rms_norm
 from executor.probe.bench import SHORT, Bench, best, pages, typical
 from executor.threads import start_thread
+from executor.weights import READ_BYTES
 from planner.units import MIB
-
-READ_BYTES = 64 * MIB  # executor.weights reads in such pieces
 
 
 class Rates(NamedTuple):
