@@ -15,6 +15,7 @@ from planner.allocator.heap import DEFAULT_POOL
 from planner.replay.free_run import FreeRunning
 from planner.replay.guided_run import GuidedRun
 from planner.replay.outcome import Outcome, Replay
+from planner.replay.placed_run import PlacedRun
 from planner.replay.rollback import roll_back
 from planner.replay.snapshot import DeviceRecord, Snapshot
 
@@ -31,8 +32,11 @@ def replay(snapshot: Snapshot) -> Replay:
             continue
         settings = snapshot.settings
         start = roll_back(record, settings)
-        outcome = GuidedRun(record, settings, start).run()
-        outcome.free_running = FreeRunning(record, settings, start).run()
+        if snapshot.placed:
+            outcome = PlacedRun(record, settings, start).run()
+        else:
+            outcome = GuidedRun(record, settings, start).run()
+            outcome.free_running = FreeRunning(record, settings, start).run()
         devices.append(outcome)
         notes += _notes(outcome, record, snapshot)
     return Replay(tuple(devices), tuple(notes))
@@ -42,7 +46,12 @@ def _notes(outcome: Outcome, record: DeviceRecord, snapshot: Snapshot) -> list[s
     """What cannot be known, and what did not fit."""
     name = f"device {outcome.device}"
     notes = []
-    if not snapshot.settings_recorded:
+    if snapshot.placed:
+        notes.append(
+            f"{name}: a plan for the CPU, where no allocator chooses: a place is as predicted if nothing else lies "
+            "there; reserved is the whole arena, of which the plan's own figures count the pages touched so far"
+        )
+    elif not snapshot.settings_recorded:
         notes.append(f"{name}: the allocator's settings were not recorded, torch's own are assumed")
     if outcome.guessed_sizes:
         notes.append(

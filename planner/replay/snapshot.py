@@ -44,6 +44,8 @@ _STATES: dict[str, State] = {
 _MOST = 2**63  # of an address
 _MOST_BYTES = 2**60  # of a block: torch refuses larger requests itself
 _STREAMS = 2**64
+PLACED_BY = "placed_by"  # a snapshot's key of ours: who chose the addresses
+PLAN = "plan"
 _ROOTS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
@@ -93,6 +95,7 @@ class Snapshot:
     settings: Settings
     settings_recorded: bool
     notes: tuple[str, ...] = field(default=())
+    placed: bool = False  # by a plan's offsets rather than by an allocator
 
 
 def read_snapshot(path: Path) -> Snapshot:
@@ -138,7 +141,8 @@ def parse_snapshot(
                 )
         events = traces[device] if device < len(traces) else ()
         devices.append(DeviceRecord(device, tuple(found), events))
-    return Snapshot(tuple(devices), settings, recorded, tuple(notes))
+    placed = data.get(PLACED_BY) == PLAN
+    return Snapshot(tuple(devices), settings, recorded, tuple(notes), placed)
 
 
 class _Reader:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from planner.cli import main
-from planner.errors import InputError
 from planner.plan import Plan
 from planner.replay.plan_snapshot import plan_snapshot, write
+from planner.replay.recording import replay
+from planner.replay.snapshot import parse_snapshot
 
 REQUEST = ["--vram", "8GB", "--model", "3b", "--image", "1920x1080", "--prompt-tokens", "16"]
 
@@ -65,7 +66,48 @@ def test_stacks_name_the_block_and_its_step(plan: Plan) -> None:
     assert arena["requested_size"] == plan.prediction.arena_bytes
 
 
-def test_a_plan_for_the_cpu_has_no_snapshot(plan: Plan) -> None:
-    device = plan.device.model_copy(update={"kind": "cpu"})
-    with pytest.raises(InputError, match="wanted a plan for a card"):
-        plan_snapshot(plan.model_copy(update={"device": device}))
+@pytest.fixture(scope="module")
+def cpu_plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    path = tmp_path_factory.mktemp("plans") / "cpu.json"
+    request = ["--vram", "4GB", "--device", "cpu", "--model", "3b", "--image", "640x480"]
+    assert main([*request, "--out", str(path), "--json"]) == 0
+    return Plan.load(path)
+
+
+def test_on_the_cpu_every_buffer_is_a_block_of_the_arena_at_its_offset(cpu_plan: Plan) -> None:
+    snapshot = plan_snapshot(cpu_plan)
+    (arena,) = snapshot["segments"]  # what kernels took is gone
+    assert arena["total_size"] == cpu_plan.prediction.arena_bytes
+    end = len(cpu_plan.steps)
+    alive = {
+        (arena["address"] + buffer.offset_bytes, buffer.size_bytes, buffer.name)
+        for buffer in cpu_plan.buffers
+        if buffer.lifetimes[-1][1] == end
+    }
+    assert alive == {
+        (block["address"], block["size"], block["frames"][0]["name"])
+        for block in arena["blocks"]
+        if block["state"] == "active_allocated"
+    }
+    live, most = 0, dict[str, int]()  # of steps that take something
+    for entry in snapshot["device_traces"][0]:
+        if entry["action"] == "free_completed":
+            live -= entry["size"]
+        elif entry["action"] == "alloc":
+            live += entry["size"]
+            name = entry["frames"][1]["name"]
+            most[name] = max(most.get(name, 0), live)
+    expected = {step.id: step.live_bytes + step.outside_bytes for step in cpu_plan.steps}
+    assert most == {name: expected[name] for name in most}
+    assert len(most) > 100
+
+
+def test_a_block_placed_on_another_is_found(cpu_plan: Plan) -> None:
+    snapshot = plan_snapshot(cpu_plan)
+    first, second = [e for e in snapshot["device_traces"][0] if e["action"] == "alloc"][:2]
+    before = replay(parse_snapshot(snapshot)).devices[0]
+    assert before.addresses_equal == before.allocs
+    second["addr"] = first["addr"]
+    after = replay(parse_snapshot(snapshot)).devices[0]
+    assert after.addresses_equal < after.allocs
+    assert after.contradictions > 0
