@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from planner.arguments import Parser, count, tokens
 from planner.errors import BudgetTooSmall, InputError, RunFailed, StowplanError
 from planner.files import check_target, reaching_stdout
+from planner.lines import wrapped
 from planner.signals import Interrupted, ending_signals
 from planner.units import MIB, format_gib, parse_bytes
 
@@ -236,7 +237,7 @@ def _device(options: argparse.Namespace) -> tuple[DeviceProfile, int | None]:
 
         device, note = device_auto()
         options.device = device.id
-        print(note, file=sys.stderr)
+        _say(note)
     else:
         device = load_profile(options.device)
     if options.vram == "auto":
@@ -244,18 +245,22 @@ def _device(options: argparse.Namespace) -> tuple[DeviceProfile, int | None]:
 
         free, note = vram_auto(device)
         options.vram = f"{free // MIB}MiB"
-        print(note, file=sys.stderr)
+        _say(note)
     budget = parse_bytes(options.vram, what="--vram") if options.vram is not None else None
     if device.kind == "cuda":
         if budget is None:
             budget = device.usable_bytes
         elif budget > device.usable_bytes:
-            print(
+            _say(
                 f"note: {device.id} offers {format_gib(device.usable_bytes)}, --vram is {format_gib(budget)}; "
-                "name a larger card with --device",
-                file=sys.stderr,
+                "name a larger card with --device"
             )
     return device, budget
+
+
+def _say(note: str) -> None:
+    """Print what was found out, beside the report, in as many columns."""
+    print(wrapped(note, "", "  "), file=sys.stderr)
 
 
 def _as_typed(error: BudgetTooSmall, request: Request) -> BudgetTooSmall:

@@ -96,7 +96,9 @@ def test_device_auto_takes_the_card_and_the_recorded_command_names_it(
     outcome = run("--device", "auto", "--vram", "auto", "--image", "none", "--json")
     assert outcome.code == 0, outcome.err
     assert "--device auto: rtx-5080-16gb: NVIDIA GeForce RTX 5080\n" in outcome.err
-    assert "15.00 GiB free on NVIDIA GeForce RTX 5080, less a margin of 0.25 GiB" in outcome.err
+    said = " ".join(outcome.err.split())
+    assert "15.00 GiB free on NVIDIA GeForce RTX 5080, less a margin of 0.25 GiB" in said
+    assert max(map(len, outcome.err.splitlines())) <= 80
     plan = json.loads(outcome.out)
     assert plan["device"]["profile"] == "rtx-5080-16gb"
     assert plan["device"]["budget_bytes"] == FREE - 256 * MIB
