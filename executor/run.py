@@ -163,7 +163,11 @@ class Session(AbstractContextManager["Session"]):
             running = stack.enter_context(ExitStack())
             loading: AbstractContextManager[None] = nullcontext()
             if not round_.first:
-                loading = recorder.phase("load", arena_bytes=self._arena_bytes)
+                loading = recorder.phase(
+                    "load",
+                    arena_bytes=self._arena_bytes,
+                    copied_bytes=lambda: reader.copied_bytes(),
+                )
             with loading:
                 if self._loaded is None:
                     loaded = self._load(request, device, prompt, sampling, tokenizer, alone=alone)
@@ -179,13 +183,16 @@ class Session(AbstractContextManager["Session"]):
                         open_images(request, plan, runs.slots)
                     held = (device.held_bytes() or 0) - (before or 0)
                     recorder.keep_host("images", max(0, held))
-                reader = loaded.reader(request, prompt, round_)
+                # a card holds the arena whole
+                copies_add = device.kind == "cpu" and device.held_bytes() is not None
+                reader = loaded.reader(request, prompt, round_, hold=copies_add)
                 running.push(reader)  # before its thread begins: an interrupt may come between
                 if plan.levers.order == "all_first":
                     reader.__enter__()
                     reader.begin_step(plan.steps[round_.first])
             if plan.levers.order != "all_first":
                 reader.__enter__()
+            reader.let_go()
             with running:
                 loop = _Loop(
                     plan=plan,
@@ -201,8 +208,7 @@ class Session(AbstractContextManager["Session"]):
                     seen=seen_mask(prompt.ids, plan.model.text.vocabulary),
                     text=_Text(request.on_token, tokenizer),
                     outputs=outputs,
-                    # a card holds the arena whole
-                    copies_add=device.kind == "cpu" and device.held_bytes() is not None,
+                    copies_add=copies_add,
                 )
                 if request.poison:
                     loaded.arena.fill_canaries(loaded.arena.dead_ranges(round_.first))
@@ -309,8 +315,8 @@ class _Loaded:
         self.arena.release(self.arena.dead_ranges(round_.first))
         self.context_bytes = self.device.context_bytes()
 
-    def reader(self, request: Request, prompt: Prompt, round_: Round) -> Reader:
-        """The copy queue of one request."""
+    def reader(self, request: Request, prompt: Prompt, round_: Round, *, hold: bool) -> Reader:
+        """The copy queue of one request. `hold`: what no step of `load` waits for begins after it."""
         if self.host is None:
             self.host = self.device.host_tier(self.plan.host_units)
         return Reader(
@@ -323,6 +329,7 @@ class _Loaded:
             host=self.host,
             first=round_.first,
             landed=round_.landed,
+            hold=hold,
         )
 
 
@@ -465,7 +472,7 @@ class _Loop:
         """Of all copies so far; once the phase's last step has let more go, of those before."""
         if self.copied_bytes is not None:
             return self.copied_bytes
-        return sum(timing.size_bytes for timing in self.reader.timings().values())
+        return self.reader.copied_bytes()
 
     def _check_finite(self, step: Step) -> None:
         # a further question's rows begin where the images end

@@ -113,7 +113,8 @@ class Reader(AbstractContextManager["Reader"]):
     is raised there. Leaving the `with` block ends the thread and closes its files, whatever happened.
 
     host: places of the units that stay in host memory; None: new ones. first: the steps before it do not run. landed:
-    copies that do not run, for nobody waits for them.
+    copies that do not run, for nobody waits for them. hold: copies behind those that the first step waits for begin
+    only after `let_go`.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class Reader(AbstractContextManager["Reader"]):
         host: HostTier | None = None,
         first: int = 0,
         landed: Collection[str] = (),
+        hold: bool = False,
     ) -> None:
         buffers = {buffer.name: buffer for buffer in plan.buffers}
         units = {unit.id: unit for unit in plan.units}
@@ -146,6 +148,8 @@ class Reader(AbstractContextManager["Reader"]):
         self._once = [copy for copy in copies if copy.phase != "decode"]
         self._loop = [copy for copy in copies if copy.phase == "decode"]
         self._repeats = {copy.id for copy in self._loop if not copy.once}
+        # once these were issued the others wait for `let_go`; None once that was called
+        self._go_first = set(plan.steps[first].waits) - self._landed if hold else None
         self._decode_steps = {step.id for step in plan.steps if step.phase == "decode"}
         before = [step.id for step in plan.steps if step.phase != "decode"]
         self._last_before_decode = before[-1] if before else None
@@ -221,6 +225,12 @@ class Reader(AbstractContextManager["Reader"]):
             self._steps[step.id] += 1
             self._changed.notify_all()
 
+    def let_go(self) -> None:
+        """Copies that were held may begin."""
+        with self._changed:
+            self._go_first = None
+            self._changed.notify_all()
+
     def stop(self) -> None:
         """No further copies; the one under way ends with its present read."""
         with self._changed:
@@ -231,6 +241,10 @@ class Reader(AbstractContextManager["Reader"]):
         """By copy: how often it ran, bytes and seconds of all its runs so far."""
         with self._changed:
             return dict(self._timings)
+
+    def copied_bytes(self) -> int:
+        """Bytes of all copies so far."""
+        return sum(timing.size_bytes for timing in self.timings().values())
 
     def _raise(self) -> None:
         if self._error is None:
@@ -262,6 +276,8 @@ class Reader(AbstractContextManager["Reader"]):
         """True when the copy was issued; False when the reader was told to stop."""
         after, needed = self._after(copy, iteration)
         with self._changed:
+            while self._held() and not self._stopped:
+                self._changed.wait()
             while after is not None and self._steps[after] < needed and not self._stopped:
                 self._awaited = after, needed
                 self._changed.notify_all()
@@ -287,6 +303,10 @@ class Reader(AbstractContextManager["Reader"]):
             self._copies[copy.id] += 1
             self._changed.notify_all()
         return True
+
+    def _held(self) -> bool:
+        """Whether the next copy is to wait for `let_go`."""
+        return self._go_first is not None and all(map(self._copies.__getitem__, self._go_first))
 
     def _bring(self, copy: Copy) -> bool:
         """Put the unit's bytes in the copy queue, from disk or from where they stay in host memory; False when told to stop."""

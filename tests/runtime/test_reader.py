@@ -89,6 +89,33 @@ def test_a_slot_is_refilled_only_after_the_step_that_used_it(streaming: Any) -> 
         assert len(device.read) == 5
 
 
+def test_held_copies_begin_when_they_are_let_go_and_those_that_the_first_step_waits_for_before(
+    streaming: Any,
+) -> None:
+    device = SlowDevice()
+    arena = Arena(streaming.plan, device)
+    with Reader(
+        streaming.plan, device, streaming.locations, decode_iterations=3, hold=True
+    ) as reader:
+        reader.begin_step(streaming.plan.steps[0])
+        time.sleep(0.05)
+        assert device.read == [0]
+        assert reader.copied_bytes() == 4096
+        reader.let_go()
+        assert execute(streaming.plan, arena, reader, 3) == [1, 2] + [1, 2, 3, 4] * 3
+
+
+def test_a_reader_whose_copies_are_still_held_ends(streaming: Any) -> None:
+    device = SlowDevice()
+    Arena(streaming.plan, device)
+    with Reader(
+        streaming.plan, device, streaming.locations, decode_iterations=3, hold=True
+    ) as reader:
+        reader.begin_step(streaming.plan.steps[0])
+    assert device.read == [0]
+    assert not reader._thread.is_alive()
+
+
 def test_a_copy_marked_once_runs_in_the_first_iteration_only(parts: Any, tmp_path: Path) -> None:
     (tmp_path / "w").write_bytes(bytes(1024))
     locations = {"w": TensorLocation(tmp_path / "w", 0, 1024, (256,), "float32")}
