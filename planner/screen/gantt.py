@@ -1,17 +1,19 @@
 """Which queue of a plan is busy when, and how many bytes are alive: what the screen draws small.
 
 The plan is walked once more from its own fields: a step starts when the step before it and the copies it waits for
-have ended, a copy when the copy before it and the step it comes after have. Each phase is then stretched to its
-predicted seconds, which know of more than queues (on the CPU steps and copies slow one another down).
+have ended, a copy when the copy before it and the step it comes after have. On the CPU both are slower while both run,
+by how much the device's profile knows; without it each phase is stretched to its predicted seconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import NamedTuple
 
 from planner.plan import Copy, Plan, Step
+from planner.queues import APART, Beside, Job
 
 ITERATIONS = 3  # of decode: the first, and two more for the period of a steady one
 
@@ -43,93 +45,109 @@ class Gantt:
 
 
 class _Walk:
-    """Both queues, walked in order; `compute` and `copies` are (start, end) of what ran."""
+    """Both queues, walked from event to event; `compute` and `copies` are (start, end) of what ran.
 
-    def __init__(self, plan: Plan) -> None:
-        self.index = {step.id: number for number, step in enumerate(plan.steps)}
-        self.now = self.copying = 0.0
-        self.ends: dict[int, float] = {}  # of steps, in this iteration or before the loop
-        self.landed: dict[str, float] = {}
+    While both run, each is as slow as `beside` says. A copy once begun goes on, and so does a step.
+    """
+
+    def __init__(self, seconds: Sequence[float], jobs: Sequence[Job], beside: Beside) -> None:
         self.compute: list[tuple[float, float]] = []
         self.copies: list[tuple[float, float]] = []
+        needed = [0] * len(seconds)  # how many jobs must have ended before each step
+        for number, job in enumerate(jobs):
+            needed[job.need] = number + 1
+        now, left = 0.0, [job.seconds for job in jobs]
+        begun: float | None = None  # when the copy that runs began
+        for index, rest in enumerate(seconds):
+            start: float | None = None
+            while start is None or rest > 0:
+                landed = len(self.copies)
+                copies = landed < len(jobs) and jobs[landed].after < index
+                computes = landed >= needed[index]
+                assert copies or computes, f"step {index} waits for a copy that waits for it"
+                slow = beside if copies and computes else APART
+                compute_s = rest / slow.compute if computes else inf
+                copy_s = left[landed] / slow.copy if copies else inf
+                passed = min(compute_s, copy_s)
+                if computes:
+                    start = now if start is None else start
+                    rest = rest - passed * slow.compute if passed < compute_s else 0.0
+                if copies:
+                    begun = now if begun is None else begun
+                    left[landed] -= passed * slow.copy
+                    if passed == copy_s:
+                        self.copies.append((begun, now + passed))
+                        begun = None
+                now += passed
+            self.compute.append((start, now))
 
-    def run(
-        self, steps: Sequence[tuple[int, Step]], queue: Sequence[Copy], before: dict[int, float]
-    ) -> None:
-        """Steps in order; copies as far as what they come after has ended. `before`: ends in the iteration before."""
-        begin, position = self.now, 0
-        for number, step in steps:
-            while position < len(queue):
-                copy = queue[position]
-                after = -1 if copy.after is None else self.index[copy.after]
-                if after >= 0 and not copy.wraps and after not in self.ends:
-                    break
-                ready = before.get(after, begin) if copy.wraps else self.ends.get(after, 0.0)
-                start = max(self.copying, ready)
-                self.copying = self.landed[copy.id] = start + copy.seconds
-                self.copies.append((start, self.copying))
-                position += 1
-            start = max([self.now, *(self.landed[w] for w in step.waits if w in self.landed)])
-            self.now = self.ends[number] = start + step.seconds
-            self.compute.append((start, self.now))
 
-
-def gantt(plan: Plan) -> Gantt:
-    """The two queues and the bytes of a plan over its predicted seconds."""
-    numbered = list(enumerate(plan.steps))
-    loop = [(number, step) for number, step in numbered if step.phase == "decode"]
-    walk = _Walk(plan)
-    once = numbered[: len(numbered) - len(loop)]
-    walk.run(once, [copy for copy in plan.copies if copy.phase != "decode"], {})
+def gantt(plan: Plan, beside: Beside = APART) -> Gantt:
+    """The two queues and the bytes of a plan over its predicted seconds; `beside`: how fast each queue is while both run."""
+    loop = [step for step in plan.steps if step.phase == "decode"]
+    first = len(plan.steps) - len(loop)
+    # one iteration more, so that copies for the next lie beside the last that counts
+    iterations = min(ITERATIONS + 1, plan.decode_repeats) if loop else 0
+    seconds = [step.seconds for step in [*plan.steps[:first], *loop * iterations]]
+    jobs, once = _jobs(plan, first, iterations)
+    walk = _Walk(seconds, jobs, beside)
     # where all weights come first, the phases begin when they have landed
     loaded = walk.compute[0][0] if plan.levers.order == "all_first" else 0.0
     marks = {"load": (0.0, loaded)}
-    for number, step in once:
+    for step, (_, end) in zip(plan.steps[:first], walk.compute, strict=False):
         start, _ = marks.get(step.phase, (max(stop for _, stop in marks.values()), 0.0))
-        marks[step.phase] = (start, walk.ends[number])
-    busy: list[tuple[Span, ...]] = []
-    if loop:
-        begin = walk.now
-        first, period, shares = _loop(plan, walk, loop)
-        marks["decode"] = (begin, begin + first + (plan.decode_repeats - 1) * period)
-        busy = [
-            (Span(begin + first, marks["decode"][1], share),) if plan.decode_repeats > 1 else ()
-            for share in shares
-        ]
+        marks[step.phase] = (start, end)
     rows = [[Span(start, stop, 1.0) for start, stop in row] for row in (walk.compute, walk.copies)]
-    for row, steady in zip(rows, busy, strict=False):
-        row += steady
-    return _stretched(plan, marks, rows, walk)
+    if iterations:
+        ends = [walk.compute[first - 1 + number * len(loop)][1] for number in range(iterations + 1)]
+        ends = ends[: ITERATIONS + 1]
+        before, last = ends[-2], ends[-1]
+        moved = sum(job.seconds for job in jobs[once:]) / max(1, iterations - 1)
+        period = max(last - before, moved)  # what the first iterations had in hand does not last
+        stop = ends[1] + (plan.decode_repeats - 1) * period
+        marks["decode"] = (ends[0], stop)
+        for number, (row, drawn) in enumerate(zip(rows, (first + len(loop), once), strict=True)):
+            inside = sum(max(0.0, min(s.stop, last) - max(s.start, before)) for s in row)
+            share = moved if number and beside == APART else inside
+            del row[drawn:]
+            if plan.decode_repeats > 1:
+                row.append(Span(ends[1], stop, min(1.0, share / period)))
+    return _stretched(plan, marks, rows, [end for _, end in walk.compute[:first]])
 
 
-def _loop(
-    plan: Plan, walk: _Walk, loop: Sequence[tuple[int, Step]]
-) -> tuple[float, float, tuple[float, float]]:
-    """Seconds of the first iteration and of a steady one, and the shares of a steady one that both queues are busy. Only the first stays drawn."""
-    copies = [copy for copy in plan.copies if copy.phase == "decode"]
-    again = [copy for copy in copies if not copy.once]
-    ends = [walk.now]
-    drawn = len(walk.compute), len(walk.copies)
-    before: dict[int, float] = {}
-    for iteration in range(min(ITERATIONS, plan.decode_repeats)):
-        for number, _ in loop:
-            walk.ends.pop(number, None)
-        walk.run(loop, again if iteration else copies, before)
-        before = {number: walk.ends[number] for number, _ in loop}
-        ends.append(walk.now)
-        if not iteration:
-            drawn = len(walk.compute), len(walk.copies)
-    del walk.compute[drawn[0] :], walk.copies[drawn[1] :]
-    first, period = ends[1] - ends[0], ends[-1] - ends[-2]
-    moved = sum(copy.seconds for copy in again)
-    return first, period, (sum(step.seconds for _, step in loop) / period, min(1, moved / period))
+def _jobs(plan: Plan, first: int, iterations: int) -> tuple[list[Job], int]:
+    """The copies as a queue over the steps with the loop written out, and how many of them run up to its first iteration."""
+    index = {step.id: number for number, step in enumerate(plan.steps)}
+    need: dict[str, int] = {}
+    for number, step in enumerate(plan.steps):
+        for name in step.waits:
+            need.setdefault(name, number)
+
+    def job(copy: Copy, shift: int) -> Job:
+        after = -1 if copy.after is None else index[copy.after]
+        if copy.phase == "decode":
+            # the loop begins with both queues idle
+            after = max(after + shift - (len(plan.steps) - first if copy.wraps else 0), first - 1)
+        return Job(need[copy.id] + shift, after, copy.seconds)
+
+    jobs = [job(copy, 0) for copy in plan.copies if copy.phase != "decode"]
+    once = len(jobs)
+    for number in range(iterations):
+        shift = number * (len(plan.steps) - first)
+        jobs += [
+            job(copy, shift)
+            for copy in plan.copies
+            if copy.phase == "decode" and not (copy.once and number)
+        ]
+        once = once if number else len(jobs)
+    return jobs, once
 
 
 def _stretched(
     plan: Plan,
     marks: dict[str, tuple[float, float]],
     rows: Sequence[Sequence[Span]],
-    walk: _Walk,
+    ends: Sequence[float],
 ) -> Gantt:
     """Walked seconds moved to where the prediction has them, phase by phase."""
     phases, origin = [], 0.0
@@ -156,10 +174,9 @@ def _stretched(
         first = plan.device.context_bytes
     alive = [Span(marks["load"][0], marks["load"][1], first)]
     now = marks["load"][1]
-    for number, step in enumerate(plan.steps):
-        if step.phase != "decode":
-            alive.append(Span(now, walk.ends[number], alive_bytes(plan, step)))
-            now = walk.ends[number]
+    for step, end in zip(plan.steps, ends, strict=False):  # up to decode
+        alive.append(Span(now, end, alive_bytes(plan, step)))
+        now = end
     if "decode" in marks:
         most = max(alive_bytes(plan, step) for step in plan.steps if step.phase == "decode")
         alive.append(Span(now, marks["decode"][1], most))

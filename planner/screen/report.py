@@ -12,6 +12,7 @@ from rich.text import Text
 
 from planner.lines import COLUMNS
 from planner.plan import Levers, Plan, Workload
+from planner.queues import APART, Beside
 from planner.screen import tables
 from planner.units import format_gib, format_seconds
 
@@ -38,11 +39,13 @@ def render(
     rates: str = "",
     cheaper: Neighbour | None = None,
     faster: Neighbour | None = None,
+    beside: Beside = APART,
 ) -> RenderableType:
     """Verdict, phases, timeline, levers, the peak, the moves and other ways, in 80 columns.
 
     `path`: where the plan was saved. `blocks`: draw with block characters, otherwise ASCII alone. `rates`: where the
-    seconds are known from. `cheaper` and `faster`: the neighbouring budgets.
+    seconds are known from. `cheaper` and `faster`: the neighbouring budgets. `beside`: how fast each queue is while
+    both run.
     """
     parts: list[RenderableType] = [
         Text(_verdict(plan), style="bold green"),
@@ -50,7 +53,7 @@ def render(
     ]
     sections: list[RenderableType] = [
         Group(Text(f"phases, in {tables.scale(plan).name}", style="bold"), tables.phases(plan)),
-        tables.timeline(plan, blocks=blocks),
+        tables.timeline(plan, blocks=blocks, beside=beside),
         tables.peak(plan),
     ]
     if plan.prediction.moves:

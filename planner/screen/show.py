@@ -29,6 +29,7 @@ def show_plan(
     if json:
         sys.stdout.write(report.as_json(plan))
         return
+    from planner.costs import Costs
     from planner.screen.sweep import neighbours
 
     cheaper, faster = neighbours(request, device, plan)
@@ -39,6 +40,7 @@ def show_plan(
         rates=rates_from(device),
         cheaper=cheaper,
         faster=faster,
+        beside=Costs(plan.model, device).beside,
     )
     _print(screen)
 

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from planner.lines import COLUMNS
 from planner.plan import Plan
+from planner.queues import APART, Beside
 from planner.screen.gantt import bar, columns, gantt, widths
 from planner.units import GIB, MIB, format_seconds
 
@@ -96,9 +97,9 @@ def phases(plan: Plan) -> Table:
     return made
 
 
-def timeline(plan: Plan, *, blocks: bool) -> Text:
+def timeline(plan: Plan, *, blocks: bool, beside: Beside = APART) -> Text:
     """Both queues and the bytes in use over the phases, each phase with a scale of its own."""
-    drawn = gantt(plan)
+    drawn = gantt(plan, beside)
     names = [_phase_name(plan, name) for name, _, _ in drawn.phases]
     seconds = [stop - start for _, start, stop in drawn.phases]
     shown = [format_seconds(s) for s in seconds]
