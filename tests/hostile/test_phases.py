@@ -29,6 +29,7 @@ class Counting(HostileDevice):
         self.scheduler = scheduler
         self._held = torch.zeros(0, dtype=torch.bool)
         self._peak = 0
+        self.given_back_from: list[int] = []
 
     def allocate_arena(self, size_bytes: int) -> torch.Tensor:
         self._held = torch.zeros(size_bytes, dtype=torch.bool)
@@ -52,6 +53,9 @@ class Counting(HostileDevice):
         self._peak = max(self._peak, self.held_bytes())
 
     def release(self, ranges: Sequence[Range]) -> None:
+        # so does giving back
+        self.scheduler.pause()
+        self.given_back_from.append(self.held_bytes())
         for start, stop in ranges:
             self._held[start:stop] = False
 
@@ -139,6 +143,18 @@ def test_a_phase_holds_what_the_plan_counts_to_it_and_its_peak_no_copies_of_the_
             assert found == wanted
         for phase, (_, most) in wanted.items():
             assert peaks[phase] <= most, (extreme, phase)  # type: ignore[index,operator]
+
+
+def test_what_a_phase_gives_back_is_gone_before_the_next_ones_copies_land(
+    lab: Lab, setting: str
+) -> None:
+    wanted = planned(lab.plan(setting))
+    # the host last: copies go on in each of its calls
+    scheduler = Scheduler(by_rank("reader", "copy", "compute", "main"))
+    device = Counting(scheduler)
+    recorded(lab, setting, device, scheduler)
+    # priming gave back before
+    assert device.given_back_from[-2:] == [wanted["vision"][1], wanted["prefill"][1]]
 
 
 def test_what_copies_bring_is_counted_to_no_earlier_phase_where_none_is_held_back(
