@@ -50,7 +50,9 @@ class FreeRunning(TraceRun):
         pool = heap.pool(size, self.pool_id(index))
         if grown:
             pool.expandable = grown[-1].action == "segment_map"
-        block = None if index in self.refused else heap.find(pool, event.stream, size)
+        block = None if grown else self.grown_before(event, index, pool, size)
+        if block is None and index not in self.refused:
+            block = heap.find(pool, event.stream, size)
         if block is None and pool.expandable:
             room = max((found.size_bytes for found in self.start.ranges), default=RANGE_BYTES)
             room = max(room, 2 * size)

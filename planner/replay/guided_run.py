@@ -68,6 +68,7 @@ class GuidedRun(TraceRun):
             # grown for a request that failed, or whose event did not come any more
             self._grow_as_recorded(event, self.pool_id(len(events) - 1))
         out.retries = len(self.attempts)
+        out.pools_inferred = self.unknown_pools
         out.peak_allocated_predicted_bytes = heap.stats.allocated_bytes.all.peak
         out.statistics = heap.stats.as_dict()
         self._compare_final()
@@ -87,7 +88,11 @@ class GuidedRun(TraceRun):
         out.segment_maps_recorded += len(maps)
         if grown:
             pool.expandable = bool(maps)
-        predicted = None if index in self.refused else heap.find(pool, event.stream, size)
+        predicted = None
+        if not grown:
+            predicted = self.grown_before(event, index, pool, size)
+        if predicted is None and index not in self.refused:
+            predicted = heap.find(pool, event.stream, size)
         expected = predicted.address if predicted is not None else -1
         before = heap.reserved_bytes
         if predicted is not None:

@@ -16,6 +16,7 @@ class Outcome:
     frees_requested: int = 0
     frees_completed: int = 0
     frees_deferred: int = 0
+    frees_unrequested: int = 0  # of blocks that nobody had given up: these events were left out
     segment_allocs_recorded: int = 0
     segment_allocs_predicted: int = 0
     segment_allocs_extra: int = 0
@@ -34,6 +35,7 @@ class Outcome:
     start_blocks: int = 0
     guessed_sizes: int = 0
     contradictions: int = 0
+    pools_inferred: int = 0  # private ones that nobody recorded
     peak_reserved_recorded_bytes: int = 0
     peak_reserved_predicted_bytes: int = 0
     peak_allocated_predicted_bytes: int = 0
@@ -45,7 +47,9 @@ class Outcome:
     @property
     def frees(self) -> int:
         """Frees that the program made; where a recording left these events out, those that were completed."""
-        return self.frees_requested or self.frees_completed
+        if self.frees_unrequested and not self.frees_requested:
+            return self.frees_completed
+        return self.frees_requested
 
 
 @dataclass(frozen=True, slots=True)

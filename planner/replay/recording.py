@@ -73,6 +73,16 @@ def _notes(outcome: Outcome, record: DeviceRecord, snapshot: Snapshot) -> list[s
             f"{name}: {outcome.contradictions} events do not fit what the rules made of those before and were put "
             "right; settings that changed during the trace are not recorded"
         )
+    if not record.pools_told and record.segments:
+        notes.append(
+            f"{name}: this torch did not record which pool a segment is of; "
+            + (
+                f"some came although the default pool had a block that fits, and were taken for those of "
+                f"{outcome.pools_inferred} private pools; which older ones are private cannot be known"
+                if outcome.pools_inferred
+                else "none came that the default pool had no need of, so that all were taken for its own"
+            )
+        )
     if all(event.pool_id is None for event in record.events) and any(
         segment.pool_id != DEFAULT_POOL for segment in record.segments
     ):

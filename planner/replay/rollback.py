@@ -155,7 +155,10 @@ def roll_back(record: DeviceRecord, settings: Settings) -> Start:
             found.add(segment.address, segment.address + segment.size_bytes)
         else:
             start.segments[segment.address] = Segment(
-                segment.size_bytes, segment.stream, segment.small, segment.pool_id
+                segment.size_bytes,
+                segment.stream,
+                segment.small,
+                segment.pool_id if record.pools_told else None,
             )
         for block in segment.blocks:
             if block.state != "free":

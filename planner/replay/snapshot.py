@@ -6,6 +6,7 @@ Source: torch/csrc/cuda/memory_snapshot.cpp and torch/cuda/memory.py.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -87,6 +88,7 @@ class DeviceRecord:
     device: int
     segments: tuple[SegmentRecord, ...]
     events: tuple[Event, ...]
+    pools_told: bool = True  # torch before 2.1 does not say which pool a segment is of
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +121,10 @@ def parse_snapshot(
     for index, entry in enumerate(reader.sequence(data["segments"], "segments")):
         device, segment = reader.segment(entry, f"segments[{index}]")
         segments.setdefault(device, []).append(segment)
+    for of_device in segments.values():
+        of_device.sort(key=lambda segment: segment.address)
     traces = [
-        reader.trace(trace, f"device_traces[{index}]")
+        reader.trace(trace, f"device_traces[{index}]", segments.get(index, ()))
         for index, trace in enumerate(
             reader.sequence(data.get("device_traces") or [], "device_traces")
         )
@@ -131,16 +135,21 @@ def parse_snapshot(
             f"{count} {action!r}" for action, count in sorted(reader.unknown.items())
         )
         notes.append(f"events of kinds that are not known were passed over: {counts}")
+    if reader.no_stream:
+        notes.append(
+            f"{reader.no_stream} events do not say their stream: taken is that of the segment which lies there at "
+            "the end, or else stream 0"
+        )
     devices = []
     for device in sorted({*segments, *(i for i, events in enumerate(traces) if events)}):
-        found = sorted(segments.get(device, ()), key=lambda segment: segment.address)
+        found = segments.get(device, [])
         for first, second in pairwise(found):
             if first.address + first.size_bytes > second.address:
                 raise InputError(
                     f"{name}: wanted segments beside one another, found two at {second.address:#x} of device {device}"
                 )
         events = traces[device] if device < len(traces) else ()
-        devices.append(DeviceRecord(device, tuple(found), events))
+        devices.append(DeviceRecord(device, tuple(found), events, reader.pools_told or not found))
     placed = data.get(PLACED_BY) == PLAN
     return Snapshot(tuple(devices), settings, recorded, tuple(notes), placed)
 
@@ -152,6 +161,8 @@ class _Reader:
         self.name = name
         self.left = most_entries
         self.unknown: dict[str, int] = {}
+        self.no_stream = 0
+        self.pools_told = False
 
     def fail(self, where: str, wanted: str, found: object) -> InputError:
         text = repr(found) if isinstance(found, (int, float, str, bool)) else _kind(found)
@@ -203,6 +214,8 @@ class _Reader:
     def pool_id(self, value: object, where: str) -> PoolId | None:
         if value is None:
             return None
+        if type(value) is int and 0 <= value < _STREAMS:
+            return (value, 0)  # as one fork of torch writes it
         if (
             isinstance(value, (list, tuple))
             and len(value) == 2
@@ -225,7 +238,7 @@ class _Reader:
                 raise self.fail(f"{here}.state", f"one of {', '.join(_STATES)}", state)
             if self.number(block, "address", here, at) != at or not length:
                 raise self.fail(here, "blocks one behind another", block.get("address", length))
-            requested = self.number(block, "requested_size", here, length)
+            requested = self.number(block, "requested_size", here, _real_size(block, length))
             blocks.append(BlockRecord(at, length, requested, _STATES[state]))
             at += length
         size = self.number(entry, "total_size", where, at - address or None, most=_MOST_BYTES)
@@ -234,6 +247,7 @@ class _Reader:
         kind = entry.get("segment_type", "small" if size == 2 * 2**20 else "large")
         if kind not in ("small", "large"):
             raise self.fail(f"{where}.segment_type", "small or large", kind)
+        self.pools_told |= entry.get("segment_pool_id") is not None
         record = SegmentRecord(
             address,
             size,
@@ -245,7 +259,10 @@ class _Reader:
         )
         return self.number(entry, "device", where, 0), record
 
-    def trace(self, value: object, where: str) -> tuple[Event, ...]:
+    def trace(
+        self, value: object, where: str, segments: Sequence[SegmentRecord]
+    ) -> tuple[Event, ...]:
+        """The events; `segments` in order of address, for events that do not say their stream."""
         events = []
         for index, part in enumerate(self.sequence(value, where)):
             if not isinstance(part, dict):
@@ -258,20 +275,40 @@ class _Reader:
                 continue
             place = f"{where}[{index}]"
             address = part.get("addr", part.get("device_free", 0))
-            size, stream = part.get("size"), part.get("stream", 0)
+            size, stream = part.get("size"), part.get("stream")
             # the common case without calls: there may be millions
             if type(address) is not int or not 0 <= address < _MOST:
                 address = self.number({"addr": address}, "addr", place)
             if type(size) is not int or not 0 <= size <= _MOST_BYTES:
                 size = self.number(part, "size", place, most=_MOST_BYTES)
-            if type(stream) is not int or not 0 <= stream < _STREAMS:
+            if stream is None:
+                self.no_stream += action not in ("oom", "snapshot")
+                stream = _stream_at(segments, address)
+            elif type(stream) is not int or not 0 <= stream < _STREAMS:
                 stream = self.stream(part, place)
             pool_id = part.get("pool_id")
             if pool_id is not None:
+                self.pools_told = True
                 pool_id = self.pool_id(pool_id, f"{place}.pool_id")
             emptied = action in ("segment_free", "segment_unmap") and _emptied(part.get("frames"))
             events.append(Event(action, address, size, stream, pool_id, emptied))
         return tuple(events)
+
+
+def _stream_at(segments: Sequence[SegmentRecord], address: int) -> int:
+    """The stream of the segment that an address lies in, or 0."""
+    index = bisect.bisect_right(segments, address, key=lambda segment: segment.address)
+    found = segments[index - 1] if index else None
+    inside = found is not None and address < found.address + found.size_bytes
+    return found.stream if found is not None and inside else 0
+
+
+def _real_size(block: Mapping[Any, Any], size_bytes: int) -> int:
+    """What was requested of a block whose `requested_size` torch 2.0 did not record: its history may say it."""
+    history = block.get("history")
+    last = history[0] if isinstance(history, (list, tuple)) and history else None
+    found = last.get("real_size") if isinstance(last, dict) else None
+    return found if type(found) is int and 0 <= found <= size_bytes else size_bytes
 
 
 def _emptied(frames: object) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.allocator.heap import DEFAULT_POOL, Heap, PoolId
+from planner.allocator.heap import DEFAULT_POOL, Block, Heap, Pool, PoolId
 from planner.allocator.settings import SMALL_BYTES, Settings
 from planner.replay.outcome import Outcome
 from planner.replay.rollback import UNKNOWN, Start
@@ -38,8 +38,9 @@ class TraceRun:
     def pool_id(self, index: int) -> PoolId:
         """The pool of an event: as recorded, else that of the segment it lies in, else what the rules leave.
 
-        Older versions do not record it. Where the segment is gone at the end, new memory although the default pool
-        has a block that fits belongs to a private pool: the latest one, or a new one where that has a block too.
+        Older versions do not record it. Where the segment is gone at the end, or its pool was never told, new memory
+        although the default pool has a block that fits belongs to a private pool: the latest one that has no such
+        block, or a new one.
         """
         known = self.start.pool_ids[index]
         if known is not None:
@@ -49,23 +50,27 @@ class TraceRun:
         if event.action != "alloc" or not self.grown:
             pool_id = block.pool.id if block is not None else DEFAULT_POOL
         else:
-            pool_id = self._unknown_pool(event)
+            pool_id = self._unknown_pool(event, index)
         self.start.pool_ids[index] = pool_id
         return pool_id
 
-    def _unknown_pool(self, event: Event) -> PoolId:
+    def _unknown_pool(self, event: Event, index: int) -> PoolId:
+        if index in self.refused:
+            return DEFAULT_POOL  # a retry asks for memory whatever is free by then
         size = self.settings.round_size(event.size_bytes)
 
         def fits(pool_id: PoolId) -> bool:
             return self.heap.find(self.heap.pool(size, pool_id), event.stream, size) is not None
 
-        latest = (UNKNOWN, self.unknown_pools)
-        if not fits(DEFAULT_POOL) and (self.latest_pool != latest or fits(latest)):
+        if self.latest_pool != DEFAULT_POOL and not fits(self.latest_pool):
+            return self.latest_pool
+        if not fits(DEFAULT_POOL):
             return DEFAULT_POOL
-        if not self.unknown_pools or fits(latest):
-            self.unknown_pools += 1
-            latest = (UNKNOWN, self.unknown_pools)
-        return latest
+        for number in range(self.unknown_pools, 0, -1):
+            if not fits((UNKNOWN, number)):
+                return UNKNOWN, number
+        self.unknown_pools += 1
+        return UNKNOWN, self.unknown_pools
 
     def _attempt(self, index: int) -> None:
         """Search for a request whose first attempt failed, now: torch does not search again after its retry."""
@@ -91,9 +96,26 @@ class TraceRun:
             self.outcome.contradictions += 1
             return
         if block.allocated:
+            self.outcome.frees_unrequested += 1
             self.heap.request_free(block)
         block.waiting = 0
         self.heap.complete_free(block)
+
+    def grown_before(self, event: Event, index: int, pool: Pool, size: int) -> Block | None:
+        """The block that was got for the first event's request, where the ring was cut between the two.
+
+        torch takes it without a search, which might not find it (a block of max_split_size or more) or might find
+        another one (freed by a retry).
+        """
+        block = None if index else self.heap.blocks.get(event.address)
+        if block is None or not block.is_free or not block.mapped or block.stream != event.stream:
+            return None
+        if block.pool is not pool or block.size_bytes < size:
+            return None
+        if block.reservation is not None:
+            return block if block.size_bytes - size < block.reservation.page_bytes else None
+        whole = not block.is_split and block.size_bytes == self.settings.segment_size(size)
+        return block if whole else None
 
 
 def _attempts(events: tuple[Event, ...]) -> dict[int, int]:

@@ -63,6 +63,7 @@ def segment(address: int, *blocks: tuple[int, int, str], **more: Any) -> dict[st
         "address": address,
         "total_size": total,
         "stream": 0,
+        "segment_pool_id": (0, 0),
         "segment_type": "small" if total == 2 * MIB else "large",
         "blocks": [
             {"size": size, "requested_size": requested, "state": state}
@@ -190,6 +191,44 @@ def test_a_difference_is_counted_and_does_not_lead_to_others() -> None:
     assert (device.segment_allocs_predicted, device.segment_allocs_extra) == (0, 1)
     assert device.peak_reserved_predicted_bytes == 12 * MIB
     assert device.peak_reserved_recorded_bytes == 14 * MIB
+
+
+def test_a_ring_cut_between_a_segment_and_its_block_needs_no_other_segment() -> None:
+    base = 0x10000000
+    settings = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:20"}
+    # 19.5 MiB get a segment of 20; a search would leave a block of max_split_size alone
+    trace = [
+        event("segment_alloc", base, 20 * MIB),
+        event("alloc", base, 39 * MIB // 2),
+        event("segment_alloc", base + 32 * MIB, 20 * MIB),
+        event("alloc", base + 32 * MIB, 39 * MIB // 2),
+    ]
+    final = [
+        segment(a, (20 * MIB, 39 * MIB // 2, "active_allocated")) for a in (base, base + 2**25)
+    ]
+    for cut, segments in ((0, 2), (1, 1), (2, 1), (3, 0)):
+        snapshot = {
+            "segments": final,
+            "device_traces": [trace[cut:]],
+            "allocator_settings": settings,
+        }
+        device = outcome(snapshot)
+        assert_exact(device)
+        assert device.segment_allocs_recorded == segments
+        assert device.free_running is not None
+        assert device.free_running.segment_allocs_extra == 0
+        assert device.free_running.peak_reserved_bytes == 40 * MIB
+
+
+def test_completions_of_frees_before_the_ring_are_no_frees(recorded: Recorded) -> None:
+    base = 0x10000000
+    final = [segment(base, (12 * MIB, 0, "inactive"))]
+    completed = event("free_completed", base, 12 * MIB)
+    device = outcome({"segments": final, "device_traces": [[completed]]})
+    assert (device.frees, device.frees_completed) == (0, 1)
+    taken = event("alloc", base, 12 * MIB)  # in the ring: here the requests were left out
+    device = outcome({"segments": final, "device_traces": [[taken, completed]]})
+    assert (device.frees, device.frees_completed) == (1, 1)
 
 
 @pytest.mark.parametrize("left_out", ["free_requested", "free_completed", "snapshot"])
