@@ -233,8 +233,14 @@ def card_bound(problem: Problem, arena_bytes: int, outside: Sequence[tuple[Outsi
         scratch_bytes=scratch,
         alloc_conf=problem.alloc_conf,
     )
-    error = problem.profile.context_error_bytes + WORKSPACE_ERROR_BYTES + BLOCKS_ERROR_BYTES
-    return problem.profile.context_bytes + card.doubled + error
+    return card_base(problem) + card.doubled
+
+
+def card_base(problem: Problem) -> int:
+    """The part of a bound on a card that no lever changes: the context, and the errors of its terms."""
+    profile = problem.profile
+    error = profile.context_error_bytes + WORKSPACE_ERROR_BYTES + BLOCKS_ERROR_BYTES
+    return profile.context_bytes + error
 
 
 def _loaded_bytes(drafted: Program) -> int:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
-from operator import itemgetter
 
+from planner import smallest_card, smallest_cpu
 from planner.assemble import Evaluated, evaluate
 from planner.errors import BudgetTooSmall
-from planner.fronts import START, Options
+from planner.fronts import START
 from planner.graph import Intervals
 from planner.lines import wrapped
-from planner.parts import Frame, plain_bytes
 from planner.problem import Problem
 from planner.schedule import Choice, PhaseResidency
-from planner.smallest import in_order
 from planner.space import Space
 from planner.units import format_gb_up, format_gib
 from planner.workload import plan_image
@@ -32,8 +29,9 @@ def least_plan(problem: Problem, space: Space | None = None) -> Evaluated:
     Settings are worked out in order of their least bytes by the closed form, until none can need less than the best.
     """
     space = space or Space(problem)
+    in_order = smallest_cpu.in_order if problem.on_cpu else smallest_card.in_order
     best: Evaluated | None = None
-    for number, (bound, choice) in enumerate(heapq.merge(*_streamed(space), key=itemgetter(0))):
+    for number, (bound, choice) in enumerate(in_order(space, streamed(space))):
         if best is not None and (bound >= best.bound_bytes or number == TRIED):
             break
         found = evaluate(problem, choice)
@@ -43,42 +41,14 @@ def least_plan(problem: Problem, space: Space | None = None) -> Evaluated:
     return best
 
 
-def _streamed(space: Space) -> list[Iterator[tuple[int, Choice]]]:
-    """Settings with everything streamed through one slot and at least how many bytes they need, least first; one list for each way of handling images and tiling of lm_head."""
-    nothing = PhaseResidency(0, 0)
-    start = space.problem.request.tiles or START
-
-    def settings(together: bool, rows: int) -> Iterator[tuple[int, Choice]]:
-        vision = space.parts.vision(together, nothing, 1, False)
-        prefill = space.parts.prefill(nothing, nothing, 1, rows)
-        phases = [(vision, space.vision[together]), (prefill, space.prefill)]
-        tilings = _by_kept if space.problem.on_cpu else _by_caps
-        for tiles in tilings(space, phases):
-            chosen = start.model_copy(update={"vocabulary_rows": rows, **tiles})
-            choice = Choice("vision_then_llm", together, 1, nothing, nothing, nothing, chosen)
-            live, held = plain_bytes(space.parts, choice)
-            yield space.footprint.bound(choice, live, held), choice
-
-    found = [settings(*pair) for pair in product(space.modes, space.vocabulary_rows())]
-    if space.problem.on_cpu:
-        return found
-    return [iter(sorted(each, key=itemgetter(0))) for each in found]
-
-
-def _by_kept(space: Space, phases: Sequence[tuple[Frame, Options]]) -> Iterator[dict[str, int]]:
-    """On the CPU tiles in order of what they need."""
-    return in_order(space.problem, [(frame.still, options) for frame, options in phases])
-
-
-def _by_caps(space: Space, phases: Sequence[tuple[Frame, Options]]) -> Iterator[dict[str, int]]:
-    """On a card for each cap on blocks outside the arena the tiles with least scratch."""
-    for cap in space.caps:
-        tiles: dict[str, int] = {}
-        for _, options in phases:
-            for found in options.values():
-                within = [o for o in found if o.outside <= cap] or found
-                tiles.update(min(within, key=lambda o: o.bytes).tiles)
-        yield tiles
+def streamed(space: Space) -> list[Choice]:
+    """Everything streamed through one slot, in each way of handling images and tiling of lm_head."""
+    nothing, start = PhaseResidency(0, 0), space.problem.request.tiles or START
+    tilings = (start.model_copy(update={"vocabulary_rows": r}) for r in space.vocabulary_rows())
+    return [
+        Choice("vision_then_llm", together, 1, nothing, nothing, nothing, tiles)
+        for together, tiles in product(space.modes, tilings)
+    ]
 
 
 def certificate(problem: Problem, smallest: Evaluated) -> BudgetTooSmall:

@@ -95,9 +95,7 @@ class Footprint:
             return max(held, problem.decoding_bytes) + context + problem.profile.context_error_bytes
         if live <= SMALL_BYTES:
             return card_bound(problem, live, self.blocks(choice.tiles, choice.images_together))
-        return -(-live // STEP_BYTES) * STEP_BYTES + self.beside(
-            choice.tiles, choice.images_together
-        )
+        return in_steps(live) + self.beside(choice.tiles, choice.images_together)
 
     def limit(self, choice: Choice) -> float:
         """On a card the largest arena with which these tiles fit; infinite where the closed form cannot tell."""
@@ -110,3 +108,8 @@ class Footprint:
     def _beside(self, tiles: Tiles, together: bool) -> int:
         """What a card holds beside a large arena, which has a segment of its own."""
         return card_bound(self.problem, SMALL_BYTES, self.blocks(tiles, together)) - SMALL_BYTES
+
+
+def in_steps(size_bytes: int) -> int:
+    """The size of a segment for it alone."""
+    return -(-size_bytes // STEP_BYTES) * STEP_BYTES

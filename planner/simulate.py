@@ -230,12 +230,12 @@ def _replayed_peak(
     """
     held: list[tuple[int, Block]] = []
     allocated = most = 0
-    for number, block in enumerate(blocks):
+    for block in blocks:
         for death, given in held:
-            if death <= number:
+            if death <= block.birth:
                 allocated -= given.size_bytes
                 allocator.release(given)
-        held = [(death, given) for death, given in held if death > number]
+        held = [(death, given) for death, given in held if death > block.birth]
         taken = allocator.malloc(block.size_bytes * (declared if block.declared else 1))
         held.append((block.death, taken))
         allocated += taken.size_bytes

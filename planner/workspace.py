@@ -143,10 +143,19 @@ def kept(model: ModelShape, workload: Workload, workspaces: Sequence[int]) -> tu
 
 def peak_bytes(allocations: Iterable[Outside]) -> int:
     """Largest sum of sizes alive at once."""
+    return _most((a.birth, a.death, a.size_bytes) for a in allocations)
+
+
+def doubled_bytes(allocations: Iterable[Outside]) -> int:
+    """The same with declared ones of twice their size."""
+    return _most((a.birth, a.death, a.size_bytes * (1 + a.declared)) for a in allocations)
+
+
+def _most(spans: Iterable[tuple[int, int, int]]) -> int:
     alive: dict[int, int] = {}
-    for allocation in allocations:
-        for index in range(allocation.birth, allocation.death):
-            alive[index] = alive.get(index, 0) + allocation.size_bytes
+    for birth, death, size in spans:
+        for index in range(birth, death):
+            alive[index] = alive.get(index, 0) + size
     return max(alive.values(), default=0)
 
 

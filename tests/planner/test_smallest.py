@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import random
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import pytest
 
-from planner.certificate import least_plan
+from planner import smallest_card
+from planner.certificate import least_plan, streamed
 from planner.errors import BudgetTooSmall
+from planner.parts import plain_bytes
 from planner.problem import Problem
 from planner.profile import load_profile
 from planner.search import Request, search
+from planner.space import Space
 from planner.units import MIB
 
 CARD_6GB, CARD_16GB, CARD_80GB = "rtx-3060-laptop-6gb", "rtx-5080-16gb", "h100-sxm5-80gb"
@@ -88,3 +92,25 @@ def test_of_all_tiles_of_more_small_requests_none_fits_one_mib_less(
     optimality: Any, seed: int
 ) -> None:
     check_nothing_fits(optimality, seed)
+
+
+@pytest.mark.parametrize("allocator", ["native", "expandable"])
+@pytest.mark.parametrize("device", [CARD_6GB, CARD_80GB])
+def test_no_tiles_need_less_than_the_floor_by_which_settings_are_ordered(
+    kit: Any, device: str, allocator: str
+) -> None:
+    workload = kit.workload((PHOTO, SMALL), new=16)
+    request = replace(Request(kit.checkpoint("7b"), workload, None), allocator=allocator)
+    space = Space(Problem(request, load_profile(device)))
+    floor = smallest_card.Floor(space.problem)
+    draw = random.Random(0)
+    met = 0
+    for choice in streamed(space):
+        for chosen in draw.sample(list(smallest_card.combinations(space, floor, choice)), 25):
+            tiles = {key: value for tile in chosen for key, value in tile.tiles.items()}
+            setting = replace(choice, tiles=choice.tiles.model_copy(update=tiles))
+            needed = space.footprint.bound(setting, *plain_bytes(space.parts, setting))
+            least = floor.bytes(chosen)
+            assert least <= needed
+            met += least == needed
+    assert met > 25

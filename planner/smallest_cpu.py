@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from operator import itemgetter
+from typing import TYPE_CHECKING, NamedTuple
 
 from planner.fronts import START, Option, Options, Still, fastest_held, products
+from planner.parts import plain_bytes
 from planner.plan import Kind
 from planner.problem import Problem
+from planner.schedule import Choice
+
+if TYPE_CHECKING:
+    from planner.space import Space
 
 Shapes = frozenset[tuple[int, int, int]]
 
@@ -32,7 +39,24 @@ class _Node(NamedTuple):
     shapes: Shapes
 
 
-def in_order(problem: Problem, phases: Sequence[tuple[Still, Options]]) -> Iterator[dict[str, int]]:
+def in_order(space: Space, plain: Sequence[Choice]) -> Iterator[tuple[int, Choice]]:
+    """Bytes at least and the setting, least first: these with every combination of tiles."""
+    return heapq.merge(*(_in_order(space, choice) for choice in plain), key=itemgetter(0))
+
+
+def _in_order(space: Space, plain: Choice) -> Iterator[tuple[int, Choice]]:
+    parts, rows = space.parts, plain.tiles.vocabulary_rows
+    vision = parts.vision(plain.images_together, plain.vision, plain.depth, False)
+    prefill = parts.prefill(plain.prefill, plain.decode, plain.depth, rows)
+    phases = [(vision.still, space.vision[plain.images_together]), (prefill.still, space.prefill)]
+    for tiles in _combinations(space.problem, phases):
+        choice = replace(plain, tiles=plain.tiles.model_copy(update=tiles))
+        yield space.footprint.bound(choice, *plain_bytes(parts, choice)), choice
+
+
+def _combinations(
+    problem: Problem, phases: Sequence[tuple[Still, Options]]
+) -> Iterator[dict[str, int]]:
     """Every combination of tiles of these phases, that which needs least first.
 
     One kind of step after another is given its tiles, the partial combination with the least bound first.
