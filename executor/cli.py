@@ -214,9 +214,19 @@ def _check_options(options: argparse.Namespace) -> None:
     for path in options.image:
         if not os.path.isfile(path):  # also for a name that no file can have
             raise InputError(f"--image {path}: no such file")
+    written: set[Path] = set()
     for number in range(1, len(options.prompt) + 1):
-        _check_target("--record", _numbered(options.record, number))
-        _check_target("--save-outputs", _numbered(options.save_outputs, number))
+        for option, path in (
+            ("--record", options.record),
+            ("--save-outputs", options.save_outputs),
+        ):
+            target = _numbered(path, number)
+            _check_target(option, target)
+            if target in written:
+                raise InputError(
+                    f"{option} {target}: wanted a file of its own, found the name of another one that this run writes"
+                )
+            written |= {target} if target else set()
 
 
 def _check_target(option: str, path: Path | None) -> None:

@@ -70,9 +70,13 @@ def next_token(
             penalised * sampling.repetition_penalty,
             penalised / sampling.repetition_penalty,
         )
+    likeliest = int(scores.argmax())
     if sampling.temperature == 0.0:
-        return int(scores.argmax())
+        return likeliest
     scores /= sampling.temperature
+    # so cold (or a penalty so small) that float32 ends: what is left of the draw is its limit
+    if not math.isfinite(float(scores.max())):
+        return likeliest
     if sampling.top_p < 1.0:
         ordered, order = torch.sort(scores, descending=False)
         # the least likely ids whose probabilities together stay within 1 - top_p go; the last one always stays

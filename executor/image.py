@@ -155,11 +155,14 @@ class ArrayPixels:
     def __init__(self, array: npt.NDArray[Any] | torch.Tensor, image: Image) -> None:
         self.image = image
         values = torch.as_tensor(array)
-        if values.ndim != 2 or values.shape[0] != image.patches:
+        patch = image.height_px // image.rows
+        self.patch_values = 3 * TEMPORAL * patch * patch
+        wanted = (image.patches, self.patch_values)
+        if tuple(values.shape) != wanted:
             raise ImageError(
-                f"{image.name}: wanted pixel values of {image.patches} patches, found shape {tuple(values.shape)}"
+                f"{image.name}: wanted pixel values of {wanted[0]} patches, {wanted[1]} each, "
+                f"found shape {tuple(values.shape)}; make them for this image as resized in the plan"
             )
-        self.patch_values = int(values.shape[1])
         per_unit = MERGE * MERGE
         units = torch.from_numpy(window_order(image))
         self._rows = (units[:, None] * per_unit + torch.arange(per_unit)).view(-1)

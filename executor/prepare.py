@@ -174,7 +174,8 @@ def check_images(plan: Plan, request: Request) -> None:
             "give the images that the plan was made for"
         )
     for path in request.images:
-        if isinstance(path, Path) and not path.is_file():
+        # os.path, not Path: a name that no file can have is no file
+        if isinstance(path, Path) and not os.path.isfile(path):
             raise InputError(f"{path}: no such image file")
 
 

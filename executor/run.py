@@ -327,9 +327,15 @@ class _Loaded:
 
 
 def _identity(image: Path | Pixels) -> object:
-    """What tells whether two images are one: of a file its place, size and time; of pixels a reference that does not keep them."""
+    """What tells whether two images are one: of a file its place, size and time; of pixels a reference that does not keep them.
+
+    Of pixels that nothing can refer to so (slots without `__weakref__`) nothing tells: they count as others each time.
+    """
     if not isinstance(image, Path):
-        return ref(image)
+        try:
+            return ref(image)
+        except TypeError:
+            return object()
     found = image.stat()
     return image.resolve(), found.st_size, found.st_mtime_ns, found.st_ino
 

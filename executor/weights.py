@@ -50,7 +50,7 @@ def pieces(unit: Unit, buffer: Buffer, locations: Mapping[str, TensorLocation]) 
             raise CheckpointError(
                 f"the checkpoint has no tensor {tensor.name}, which {unit.id} needs"
             )
-        rows = location.shape[0]
+        rows = location.shape[0] if location.shape else 0
         if not 0 <= tensor.row_start < tensor.row_stop <= rows:
             raise CheckpointError(
                 f"{tensor.name}: the plan takes rows {tensor.row_start} to {tensor.row_stop}, the checkpoint has {rows}"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -139,9 +140,13 @@ def test_any_tiling_gives_the_same_rows(tmp_path: Path, tile: int) -> None:
         assert torch.equal(out, whole[start:stop])
 
 
-def test_array_pixels_of_another_image_are_refused(planned: Callable[..., Image]) -> None:
-    with pytest.raises(ImageError, match=r"1296 patches, found shape \(4, 1176\)"):
-        ArrayPixels(torch.zeros(4, 1176), planned(512, 512))
+@pytest.mark.parametrize("shape", [(4, 1176), (1296, 588), (1296,)])
+def test_array_pixels_of_another_image_are_refused(
+    planned: Callable[..., Image], shape: tuple[int, ...]
+) -> None:
+    words = f"1296 patches, 1176 each, found shape {shape}"
+    with pytest.raises(ImageError, match=re.escape(words)):
+        ArrayPixels(torch.zeros(shape), planned(512, 512))
 
 
 # --- files --------------------------------------------------------------------------------------------------------

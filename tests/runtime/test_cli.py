@@ -130,6 +130,11 @@ def test_a_plan_that_does_not_fit_any_more_is_exit_code_3(
         (["ALL", "--device", "cuda"], "the plan is for cpu"),
         (["ALL", "--record", "/nowhere/r.json"], "the folder /nowhere does not exist"),
         (["ALL", "--save-outputs", "/nowhere/o"], "the folder /nowhere does not exist"),
+        (["ALL", "--record", "r.a", "--save-outputs", "r.a"], "wanted a file of its own"),
+        (
+            ["ALL", "--prompt", "y", "--record", "r.a", "--save-outputs", "r-2.a"],
+            "--record r-2.a: wanted a file of its own",
+        ),
         (["ALL", "--odd"], "unrecognized arguments: --odd; see: execute --help"),
         (["--vram", "16", "REST"], "--vram: wanted a size such as 16GB"),
         (["--make-random-checkpoint", "huge", "/tmp/never"], "huge"),

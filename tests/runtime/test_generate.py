@@ -69,6 +69,20 @@ def test_the_likeliest_id_stays_however_small_top_p_is() -> None:
         assert token == int(logits.argmax())
 
 
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "penalty"),
+    [(1e-38, 0.9, 1.0), (1e-40, 1.0, 1.0), (1e-46, 1.0, 1.0), (1.0, 1.0, 1e-39)],
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_beyond_float32_choose_the_likeliest_id(
+    temperature: float, top_p: float, penalty: float, sign: int
+) -> None:
+    logits = sign * torch.tensor([1.0, 5.0, 3.0])
+    seen = seen_mask([1 if sign > 0 else 0], 3)
+    sampling = Sampling(temperature=temperature, top_p=top_p, repetition_penalty=penalty)
+    assert next_token(logits, seen, sampling, generator(sampling)) == (1 if sign > 0 else 0)
+
+
 def test_the_same_seed_draws_the_same_tokens_and_another_one_does_not() -> None:
     logits, seen = torch.zeros(VOCABULARY), seen_mask([], VOCABULARY)
 

@@ -22,7 +22,7 @@ from executor.cuda_settings import check_settings
 from executor.device import Chunk
 from executor.files import Files
 from executor.generate import Sampling
-from executor.image import open_image
+from executor.image import Pixels, open_image
 from executor.prompt import build_prompt, load_tokenizer
 from executor.run import Request, run
 from planner.errors import (
@@ -285,6 +285,7 @@ def test_a_larger_context_than_planned_is_refused_before_the_first_weight(tiny: 
         ({"device": "cuda"}, PlanFileError, "the plan is for cpu"),
         ({"images": ()}, InputError, "for 1 images, found 0"),
         ({"images": (Path("nowhere.png"),)}, InputError, "no such image file"),
+        ({"images": (Path("n" * 300),)}, InputError, "no such image file"),
         ({"prompt": "word " * 500}, InputError, "the plan room for"),
         ({"prompt": []}, InputError, "the prompt is empty"),
         ({"prompt": [10**6]}, InputError, "not below the model's vocabulary"),
@@ -300,6 +301,31 @@ def test_a_request_that_does_not_belong_to_the_plan_is_refused(
 ) -> None:
     with pytest.raises(error, match=words):
         run(tiny.plan(), tiny.request(**changes))
+
+
+def test_a_tensor_without_rows_is_refused(tiny: Any) -> None:
+    locations = dict(tiny.checkpoint.tensors)
+    name = "visual.blocks.0.attn.proj.weight"
+    locations[name] = locations[name]._replace(shape=())
+    with pytest.raises(CheckpointError, match=f"{name}: the plan takes rows .* has 0"):
+        run(tiny.plan(), tiny.request(locations=locations))
+
+
+def test_pixels_that_nothing_can_refer_to_weakly_are_run_too(
+    tiny: Any, answer: tuple[int, ...]
+) -> None:
+    class Slots:
+        __slots__ = ("source",)
+
+        def __init__(self, source: Pixels) -> None:
+            self.source = source
+
+        def rows(self, start: int, stop: int, out: torch.Tensor) -> None:
+            self.source.rows(start, stop, out)
+
+    plan = tiny.plan()
+    given = Slots(open_image(tiny.image, plan.workload.images[0]))
+    assert run(plan, tiny.request(images=(given,))).tokens == answer
 
 
 def test_another_image_size_is_refused(tiny: Any, tmp_path: Path) -> None:
