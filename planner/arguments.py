@@ -6,6 +6,7 @@ import argparse
 from typing import NoReturn
 
 from planner.errors import InputError
+from planner.lines import wrapped
 
 MOST = 10**6  # tokens, and whatever else is counted
 
@@ -16,14 +17,19 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
         super().__init__(
             prog=prog,
-            description=description,
-            epilog=epilog,
+            description=_paragraphs(description),
+            epilog=_paragraphs(epilog or ""),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see: {self.prog} --help")
+
+
+def _paragraphs(text: str) -> str:
+    """The same words in lines of the screen, paragraph by paragraph."""
+    return "\n\n".join(wrapped(" ".join(part.split())) for part in text.split("\n\n"))
 
 
 def count(text: str) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from planner.cli import main
 from planner.plan import Plan
 from planner.screen import report
 from planner.screen.report import typed_budget
@@ -195,3 +196,16 @@ def test_a_screen_costs_no_import_of_matplotlib_or_torch(run: Any, kit: Any) -> 
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=kit.root, capture_output=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["", "devices", "pack", "replay"])
+def test_the_help_of_every_command_has_80_columns(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: plan {command}".strip() in text
+    assert max(map(len, text.splitlines())) <= 80
