@@ -171,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
         "--snapshot",
         type=Path,
         metavar="FILE",
-        help="write the predicted allocations as a torch memory snapshot",
+        help="write the predicted allocations as a torch memory snapshot, for plan replay and torch's viewer: a pickle, or JSON for a name in .json",
     )
     return parser
 
@@ -188,6 +188,11 @@ def _plan(options: argparse.Namespace) -> None:
     for option, path in (("--out", options.out), ("--snapshot", options.snapshot)):
         if path is not None:
             check_target(option, path)
+    if options.out is not None and options.snapshot is not None:
+        if options.out.resolve() == options.snapshot.resolve():
+            raise InputError(
+                f"--snapshot {options.snapshot}: wanted another file than --out's, found the same; name another one"
+            )
     if options.sweep:
         show.check_sweep(options.out, options.snapshot)
     checkpoint = in_dtype(resolve_model(options.model), device, options.dtype or "auto")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from planner.arguments import Parser
 from planner.files import reaching_stdout
-from planner.lines import COLUMNS
+from planner.lines import print_report, wrapped
 from planner.units import format_gib, format_mib
 
 if TYPE_CHECKING:
@@ -52,13 +52,9 @@ def _print(result: Replay, snapshot: Snapshot, *, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(as_dict(result, snapshot)) + "\n")
         return
-    from rich.console import Console
+    from rich.console import Group
 
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without the letters shows a ?
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else COLUMNS)
-    for part in render(result, snapshot):
-        console.print(part)
+    print_report(Group(*render(result, snapshot)))
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------------
@@ -132,12 +128,13 @@ def render(result: Replay, snapshot: Snapshot) -> list[RenderableType]:
 
     parts: list[RenderableType] = []
     for device in result.devices:
-        parts += [Text(_verdict(device), style="bold"), _table(device), Text(_state(device)), ""]
+        parts += [Text(_verdict(device), style="bold"), _table(device)]
+        parts += [Text(wrapped(_state(device))), Text("")]
     traced = {device.device for device in result.devices}
-    parts += [Text(_summary(d)) for d in snapshot.devices if d.device not in traced]
+    parts += [Text(wrapped(_summary(d))) for d in snapshot.devices if d.device not in traced]
     if not snapshot.devices:
         parts.append(Text("nothing was allocated and nothing recorded"))
-    parts += [Text(f"note: {note}") for note in result.notes]
+    parts += [Text(wrapped(f"note: {note}", "", "  ")) for note in result.notes]
     return parts
 
 
@@ -220,9 +217,9 @@ def _table(device: Outcome) -> RenderableType:
 
 def _state(device: Outcome) -> str:
     return (
-        f"{device.events:,} events from {device.start_blocks:,} blocks in "
-        f"{format_gib(device.start_reserved_bytes)} reserved on; allocated at most "
-        f"{format_gib(device.peak_allocated_predicted_bytes)} since"
+        f"{device.events:,} events after a start with {device.start_blocks:,} blocks in "
+        f"{format_gib(device.start_reserved_bytes)} reserved; "
+        f"allocated at most {format_gib(device.peak_allocated_predicted_bytes)} since"
     )
 
 

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from planner.lines import COLUMNS
+from planner.lines import COLUMNS, wrapped
 from planner.plan import Levers, Plan, Workload
 from planner.queues import APART, Beside
 from planner.screen import tables
@@ -73,9 +73,9 @@ def render_sweep(
     """Budget against seconds of one request, in 80 columns; the row for a budget is marked."""
     marked = ""
     if budget_bytes is not None:
-        marked = f" <-- is what {typed_budget(found.request, budget_bytes)} is good for."
+        marked = f" What {typed_budget(found.request, budget_bytes)} is good for is marked <--."
     at_most = "at most " if workload.prompt_is_bound else ""
-    tokens = f"{at_most}{workload.prompt_tokens} tokens in all, {workload.max_new_tokens} new ones"
+    tokens = f"{at_most}{_tokens(workload)}"
     return Group(
         Text(f"{found.model} on {found.device}: budget against seconds", style="bold"),
         _facts([*_images(workload), ("prompt", tokens)]),
@@ -83,9 +83,11 @@ def render_sweep(
         tables.sweep(found, budget_bytes),
         Text(""),
         Text(
-            "Each row is the least budget found for its seconds, start-up included; below the "
-            "first nothing fits, above the last nothing is gained. "
-            f"{found.device} offers {format_gib(found.usable_bytes)}.{marked}"
+            wrapped(
+                "Each row is the least budget found for its seconds, start-up included; below the "
+                "first nothing fits, above the last nothing is gained. "
+                f"{found.device} offers {format_gib(found.usable_bytes)}.{marked}"
+            )
         ),
     )
 
@@ -94,8 +96,9 @@ def _facts(rows: list[tuple[str, str]]) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column()
+    width = COLUMNS - max(len(name) for name, _ in rows) - 4
     for name, value in rows:
-        table.add_row(Text(f"  {name}"), Text(value))
+        table.add_row(Text(f"  {name}"), Text(wrapped(value, width=width)))
     return table
 
 
@@ -129,8 +132,7 @@ def _request(plan: Plan, rates: str) -> list[tuple[str, str]]:
         *_images(workload),
         (
             "prompt",
-            f"{at_most}{workload.prompt_tokens} tokens in all, {workload.max_new_tokens} new ones; "
-            f"KV cache for {workload.context_tokens}",
+            f"{at_most}{_tokens(workload)}; KV cache for {workload.context_tokens}",
         ),
         (
             "memory",
@@ -146,6 +148,11 @@ def _request(plan: Plan, rates: str) -> list[tuple[str, str]]:
             f"nor fit less than {unit.named(prediction.smallest_budget_bytes)}",
         ),
     ]
+
+
+def _tokens(workload: Workload) -> str:
+    new = workload.max_new_tokens
+    return f"{workload.prompt_tokens} tokens in all, {new} new one{'s' * (new > 1)}"
 
 
 def _seconds(plan: Plan) -> str:

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import sys
 from importlib.util import find_spec
-from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from planner.devices import rates_from
 from planner.errors import InputError
-from planner.lines import COLUMNS
+from planner.lines import print_report
 from planner.plan import Plan
 from planner.problem import Request
 from planner.profile import DeviceProfile
 from planner.screen import report
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -42,7 +37,7 @@ def show_plan(
         faster=faster,
         beside=Costs(plan.model, device).beside,
     )
-    _print(screen)
+    print_report(screen)
 
 
 def check_sweep(picture: Path | None, snapshot: Path | None) -> None:
@@ -78,7 +73,7 @@ def show_sweep(
     if json:
         sys.stdout.write(found.dumps())
     else:
-        _print(
+        print_report(
             report.render_sweep(
                 found, request.workload, budget_bytes=request.budget_bytes if marked else None
             )
@@ -89,17 +84,3 @@ def _blocks() -> bool:
     """Whether to draw with block characters: on a terminal that has them."""
     encoding = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "")
     return sys.stdout.isatty() and encoding == "utf8"
-
-
-def _print(screen: RenderableType) -> None:
-    from rich.console import Console
-
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without the letters shows a ?
-    if sys.stdout.isatty():
-        Console(highlight=False).print(screen)
-        return
-    text = StringIO()
-    Console(file=text, highlight=False, width=COLUMNS).print(screen)
-    # rows of a table end in spaces, which nobody wants in a file
-    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines()))

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from planner.cli import main
+from planner.lines import wrapped
 from planner.plan import Plan
 from planner.screen import report
 from planner.screen.report import typed_budget
@@ -209,3 +210,19 @@ def test_the_help_of_every_command_has_80_columns(
     text = capsys.readouterr().out
     assert f"usage: plan {command}".strip() in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_one_new_token_is_one_and_no_number_ends_a_line_without_its_unit(kit: Any) -> None:
+    one = kit.screen("--vram", "8GB", "--model", "3b", "--image", "none", "--max-new-tokens", "1")
+    assert "1 new one; KV cache" in one
+    for words in (["--vram", "8GB", "--ram", "0GB"], ["--vram", "8GB", "--sweep"]):
+        lines = kit.screen(*words).splitlines()
+        heads = [line for line in lines if line.endswith("; slots")]  # of a table, whose unit it is
+        begun = [line for line in lines if re.match(r" *(s|min|ms|[KMG]iB)\b", line)]
+        assert begun == heads
+        assert max(map(len, lines)) <= 80
+    assert wrapped("takes 6 min 25 s or 7 GiB", width=14).splitlines() == [
+        "takes",
+        "6 min 25 s or",
+        "7 GiB",
+    ]

@@ -49,3 +49,13 @@ def test_the_snapshot_of_a_plan_for_the_cpu_replays_to_its_arena_and_its_allocat
     report = run("replay", str(path)).out
     assert "a plan for the CPU, where no allocator chooses" in " ".join(report.split())
     assert max(map(len, report.splitlines())) <= 80
+
+
+def test_the_plan_and_its_snapshot_do_not_overwrite_one_another(run: Any, tmp_path: Path) -> None:
+    path = tmp_path / "both.json"
+    (tmp_path / "more").mkdir()
+    words = ["--model", "3b", "--image", "none", "--vram", "8GB", "--out", str(path)]
+    outcome = run(*words, "--snapshot", str(tmp_path / "more" / ".." / "both.json"))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "wanted another file than --out's, found the same" in outcome.err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["more"]

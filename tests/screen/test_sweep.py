@@ -161,7 +161,7 @@ def test_a_sweep_marks_what_the_budget_is_good_for(run: Any, short: None) -> Non
     (row,) = [line.split() for line in out.splitlines() if line.endswith("<--")]
     sizes = [float(size) for size in re.findall(r"^ +(\d+\.\d\d) ", out, re.MULTILINE)]
     assert float(row[0]) == max(size for size in sizes if size <= 5.59)
-    assert "<-- is what 6GB (5.59 GiB) is good for" in " ".join(out.split())
+    assert "What 6GB (5.59 GiB) is good for is marked <--." in " ".join(out.split())
     assert "<--" not in run(*WORDS).out
 
 
