@@ -147,7 +147,10 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     arguments: list[str],
     words: str,
     capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where a file would be written by mistake
     known: dict[str, list[str]] = {
         "PLAN": ordinary[:1],
         "DIR": [str(tiny.folder)],
