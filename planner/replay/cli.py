@@ -229,6 +229,6 @@ def _summary(record: DeviceRecord) -> str:
     live = sum(block.size_bytes for block in blocks if block.state == "allocated")
     largest = max((block.size_bytes for block in blocks if block.state == "free"), default=0)
     return (
-        f"device {record.device}: {len(record.segments):,} segments with {len(blocks):,} blocks, "
+        f"device {record.device}: segments: {len(record.segments):,}, blocks: {len(blocks):,}, "
         f"reserved {format_gib(reserved)}, allocated {format_gib(live)}, largest free block {format_mib(largest)}"
     )

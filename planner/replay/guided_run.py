@@ -118,6 +118,7 @@ class GuidedRun(TraceRun):
         if predicted is not None or not pool.expandable:
             out.peak_reserved_predicted_bytes = max(out.peak_reserved_predicted_bytes, before)
         out.addresses_equal += expected == event.address
+        out.elsewhere_in_private += expected != event.address and pool_id != DEFAULT_POOL
         self.held[event.address] = self._place(event, pool, size)
 
     def _grow_pages(self, event: Event, pool: Pool, size: int, maps: list[Event]) -> int:

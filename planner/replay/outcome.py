@@ -36,6 +36,7 @@ class Outcome:
     guessed_sizes: int = 0
     contradictions: int = 0
     pools_inferred: int = 0  # private ones that nobody recorded
+    elsewhere_in_private: int = 0  # allocations in private pools, not at the address of the rules
     peak_reserved_recorded_bytes: int = 0
     peak_reserved_predicted_bytes: int = 0
     peak_allocated_predicted_bytes: int = 0

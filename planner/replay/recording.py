@@ -55,22 +55,22 @@ def _notes(outcome: Outcome, record: DeviceRecord, snapshot: Snapshot) -> list[s
         notes.append(f"{name}: the allocator's settings were not recorded, torch's own are assumed")
     if outcome.guessed_sizes:
         notes.append(
-            f"{name}: {outcome.guessed_sizes} blocks were alive before the trace and freed in it; "
+            f"{name}: {_count(outcome.guessed_sizes, 'block')} from before the trace freed in it; "
             "the slack of each (up to 1 MiB) is not recorded and was taken as none"
         )
     if outcome.frees_deferred:
         notes.append(
-            f"{name}: {outcome.frees_deferred} frees waited for other streams; when those ended is as recorded, "
+            f"{name}: {_count(outcome.frees_deferred, 'free')} waiting for other streams; when those ended is as recorded, "
             "a prediction cannot know"
         )
     if outcome.retries:
         notes.append(
-            f"{name}: {outcome.retries} times memory was given back and more was asked for at once: "
+            f"{name}: {_count(outcome.retries, 'time')} memory was given back and more was asked for at once: "
             "a retry under pressure or an empty_cache, which the events alone do not tell apart"
         )
     if outcome.contradictions:
         notes.append(
-            f"{name}: {outcome.contradictions} events do not fit what the rules made of those before and were put "
+            f"{name}: {_count(outcome.contradictions, 'event')} not fitting what the rules made of those before, put "
             "right; settings that changed during the trace are not recorded"
         )
     if not record.pools_told and record.segments:
@@ -78,7 +78,7 @@ def _notes(outcome: Outcome, record: DeviceRecord, snapshot: Snapshot) -> list[s
             f"{name}: this torch did not record which pool a segment is of; "
             + (
                 f"some came although the default pool had a block that fits, and were taken for those of "
-                f"{outcome.pools_inferred} private pools; which older ones are private cannot be known"
+                f"{_count(outcome.pools_inferred, 'private pool')}; which older ones are private cannot be known"
                 if outcome.pools_inferred
                 else "none came that the default pool had no need of, so that all were taken for its own"
             )
@@ -90,4 +90,13 @@ def _notes(outcome: Outcome, record: DeviceRecord, snapshot: Snapshot) -> list[s
             f"{name}: there are private pools, and this torch did not record which pool an event belongs to: "
             "it was taken from the segment that the address lies in"
         )
+    if outcome.elsewhere_in_private:
+        notes.append(
+            f"{name}: {_count(outcome.elsewhere_in_private, 'allocation')} in private pools lying elsewhere than the "
+            "rules put them; a pool that was told never to split blocks is one reason, and not recorded"
+        )
     return notes
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"

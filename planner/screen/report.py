@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -98,7 +99,10 @@ def _facts(rows: list[tuple[str, str]]) -> Table:
     table.add_column()
     width = COLUMNS - max(len(name) for name, _ in rows) - 4
     for name, value in rows:
-        table.add_row(Text(f"  {name}"), Text(wrapped(value, width=width)))
+        lines = wrapped(value, width=width)
+        # rich breaks what it may break anywhere itself, for any terminal
+        anywhere = fill(value, width, break_on_hyphens=False)
+        table.add_row(Text(f"  {name}"), Text(value if lines == anywhere else lines))
     return table
 
 

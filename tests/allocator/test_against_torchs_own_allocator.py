@@ -256,3 +256,16 @@ def test_a_whole_recording_replays_to_torchs_own_peaks(name: str) -> None:
         assert device.free_running is not None
         assert device.free_running.segment_allocs_extra == 0
         assert device.free_running.peak_reserved_bytes == device.peak_reserved_predicted_bytes
+
+
+def test_a_pool_that_never_splits_blocks_is_named_where_the_rules_do_not_fit() -> None:
+    result = replay(read_snapshot(RECORDINGS / f"{UNSPLIT}.snapshot.json.gz"))
+    (device,) = result.devices
+    elsewhere = device.allocs - device.addresses_equal
+    assert 0 < elsewhere == device.elsewhere_in_private
+    assert any(
+        f"{elsewhere} allocations in private pools lying elsewhere" in n for n in result.notes
+    )
+    other = replay(read_snapshot(RECORDINGS / "private_pools_0.snapshot.json.gz"))
+    assert other.devices[0].elsewhere_in_private == 0
+    assert not any("lying elsewhere" in note for note in other.notes)

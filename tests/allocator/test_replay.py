@@ -294,7 +294,7 @@ def test_slack_of_a_block_from_before_the_trace_is_seen_by_what_comes_behind_it(
         for n in replay(parse_snapshot({"segments": last, "device_traces": [trace[1:]]})).notes
         if "slack" in n
     ]
-    assert "1 blocks were alive before the trace" in note
+    assert "1 block from before the trace freed in it" in note
 
 
 def test_a_private_pool_is_known_by_the_segment_where_events_do_not_name_it() -> None:
@@ -333,7 +333,7 @@ def test_a_snapshot_without_a_trace_is_summarised(
     assert found["allocs"] == 0
     assert "no trace" in found["notes"][0]
     assert main(["replay", str(path)]) == 0
-    assert f"with {blocks} blocks" in capsys.readouterr().out
+    assert f"blocks: {blocks}," in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["r.pickle", "r.json", "r.json.gz", "recording"])

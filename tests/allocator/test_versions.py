@@ -206,4 +206,4 @@ def test_where_no_pool_was_recorded_memory_that_was_not_needed_is_a_private_pool
     assert main(["replay", str(path), "--json"]) == 0
     notes = " ".join(json.loads(capsys.readouterr().out)["notes"])
     assert ("did not record which pool a segment is of" in notes) is not told
-    assert ("those of 1 private pool" in notes) is not told
+    assert ("those of 1 private pool;" in notes) is not told
