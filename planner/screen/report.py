@@ -254,6 +254,9 @@ def _tiles(levers: Levers, plan: Plan) -> str:
 def _run(plan: Plan, path: Path | None) -> str:
     """The command that executes this plan, broken before column 80 as a shell takes it."""
     words = [f"execute {shlex.quote(str(path or 'plan.json'))}", "--model DIR"]
+    if plan.device.alloc_conf:
+        # without it the run would be refused
+        words.insert(0, f"PYTORCH_ALLOC_CONF={plan.device.alloc_conf}")
     for image in plan.workload.images:
         size = f"{image.source_width_px}x{image.source_height_px}"
         words.append("--image " + ("FILE" if image.name == size else shlex.quote(image.name)))

@@ -179,6 +179,13 @@ def test_the_refusal_shows_the_budget_as_typed_too(run: Any) -> None:
     assert outcome.err.startswith("error: no plan fits 1.5GB (1.40 GiB): the smallest needs 1.79")
 
 
+def test_the_command_to_run_sets_what_the_allocator_needs(kit: Any) -> None:
+    words = ["--vram", "6GB", "--model", "3b", "--image", "none"]
+    needs = "PYTORCH_ALLOC_CONF=expandable_segments:True execute plan.json"
+    assert needs in kit.screen(*words, "--allocator", "expandable")
+    assert "\n  execute plan.json" in kit.screen(*words, "--allocator", "native")
+
+
 def test_a_plan_that_was_saved_is_run_by_its_name(run: Any, tmp_path: Path) -> None:
     path = tmp_path / "a plan.json"
     words = ["--device", "cpu", "--model", "3b", "--image", "64x64", "--out", str(path)]
