@@ -76,6 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     if options.make_random_checkpoint:
+        others = _given(options, "--make-random-checkpoint", "--quiet")
+        if others:
+            raise InputError(
+                f"--make-random-checkpoint writes a checkpoint and ends: give only --quiet beside it, not {others[0]}"
+            )
         return _make_checkpoint(*options.make_random_checkpoint, quiet=options.quiet)
     if options.probe:
         return _probe(options)
@@ -198,6 +203,17 @@ def _whole(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"wanted a whole number, found {text!r}") from None
+
+
+def _given(options: argparse.Namespace, *but: str) -> list[str]:
+    """The options that were given another value than their default, but for these."""
+    parser = _parser()
+    return [
+        "a plan" if name == "plan" else option
+        for name, value in vars(options).items()
+        if (option := f"--{name.replace('_', '-')}") not in but
+        and value != parser.get_default(name)
+    ]
 
 
 def _check_options(options: argparse.Namespace) -> None:
@@ -445,11 +461,11 @@ def _write(text: str) -> None:
 
 def _probe(options: argparse.Namespace) -> int:
     """Measure this machine; nothing else is asked for at the same time."""
-    given = ("plan", "vram", "prompt", "record", "save_outputs", "check", "download")
-    others = [name for name in given if getattr(options, name)]
-    if others or options.image:
+    others = _given(options, "--probe", "--out", "--device", "--model", "--quiet")
+    if others:
         raise InputError(
-            "--probe measures the machine and runs nothing: give only --out, --device and --model beside it"
+            "--probe measures the machine and runs nothing: give only --out, --device and --model beside it, "
+            f"not {others[0]}"
         )
     _check_target("--out", options.out)
     if options.out is not None and options.out.suffix.lower() != ".json":

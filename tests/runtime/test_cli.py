@@ -138,6 +138,10 @@ def test_a_plan_that_does_not_fit_any_more_is_exit_code_3(
         (["ALL", "--odd"], "unrecognized arguments: --odd; see: execute --help"),
         (["--vram", "16", "REST"], "--vram: wanted a size such as 16GB"),
         (["--make-random-checkpoint", "huge", "/tmp/never"], "huge"),
+        (["--make-random-checkpoint", "tiny", "never", "--check"], "beside it, not --check"),
+        (["PLAN", "--make-random-checkpoint", "tiny", "never"], "beside it, not a plan"),
+        (["--probe", "--replan"], "beside it, not --replan"),
+        (["--probe", "--max-new-tokens", "3"], "beside it, not --max-new-tokens"),
         (["--download", "--vram", "1GB", "--model", "x", "--prompt", "x"], "wanted a hub id"),
     ],
 )
