@@ -163,7 +163,9 @@ def peak(plan: Plan) -> Table:
             continue
         # what follows are details and the sources' own references
         source = re.split("[:;,(]| by | that ", term.source)[0].strip()
-        made.add_row(term.name, unit.show(term.expected_bytes), error, source)
+        # on the CPU, where pages count from their first write
+        name = term.name if term.expected_bytes >= 0 else "of it not yet written"
+        made.add_row(name, unit.show(term.expected_bytes), error, source)
     if not unit.reads_zero(small):
         made.add_row("smaller terms together", unit.show(small), "", "")
     made.add_row(

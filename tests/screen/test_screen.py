@@ -233,3 +233,11 @@ def test_one_new_token_is_one_and_no_number_ends_a_line_without_its_unit(kit: An
         "6 min 25 s or",
         "7 GiB",
     ]
+
+
+def test_what_of_the_arena_is_not_yet_written_is_called_so(kit: Any) -> None:
+    words = ["--vram", "560MB", "--device", "cpu", "--model", "3b", "--image", "640x480"]
+    out = kit.screen(*words)
+    (size, *_) = row_of(out, "of it not yet written")
+    assert float(size) < 0
+    assert "rest of the arena" not in out
