@@ -11,10 +11,11 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import planner
 from executor.threads import leave_cores
+from planner.arguments import Parser
 from planner.errors import DoesNotFit, InputError, LessIsFree, RunFailed, StowplanError
 from planner.files import check_target, reaching_stdout
 from planner.signals import Interrupted, ending_signals
@@ -41,13 +42,7 @@ PLAN_COMMAND = (
 
 EPILOG = """\
 exit codes: 0 ran, 1 the run failed, 2 usage or bad input, 3 the plan does not fit (any more),
-4 ran but passed the budget, 130 interrupted (143 by SIGTERM, 129 by SIGHUP)
-"""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see: execute --help")
+4 ran but passed the budget, 130 interrupted (143 by SIGTERM, 129 by SIGHUP)"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,11 +95,10 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="execute",
-        description="Run a plan exactly as it stands, on CUDA or on the CPU, and print recorded peaks beside predicted ones.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(
+        "execute",
+        "Run a plan exactly as it stands, on CUDA or on the CPU, and print recorded peaks beside predicted ones.",
+        EPILOG,
     )
     add = parser.add_argument
     add(
@@ -280,10 +274,15 @@ def _plan_anew(options: argparse.Namespace, plan: Plan, budget_bytes: int) -> Pl
     """The plan that the plan's own command makes for another budget, with the checkpoint, images and prompt of this run."""
     if budget_bytes < MIB:
         raise DoesNotFit("nothing is free on the device, so there is nothing to plan for")
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = Parser("execute", "", add_help=False)
     for name in KEPT:
         parser.add_argument(name)
-    kept, _ = parser.parse_known_args(shlex.split(plan.request))
+    try:
+        kept, _ = parser.parse_known_args(shlex.split(plan.request))
+    except ValueError as error:
+        raise InputError(
+            f"request: wanted the command that makes the plan, found {plan.request!r} ({error}); make the plan anew with: plan --out"
+        ) from None
     return _plan_beside(
         options,
         f"--vram={budget_bytes // MIB}MiB",

@@ -14,13 +14,16 @@ MOST = 10**6  # tokens, and whatever else is counted
 class Parser(argparse.ArgumentParser):
     """argparse, with errors as one line that the command's `main` prints; options are spelled out."""
 
-    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
+    def __init__(
+        self, prog: str, description: str, epilog: str | None = None, *, add_help: bool = True
+    ) -> None:
         super().__init__(
             prog=prog,
             description=_paragraphs(description),
             epilog=_paragraphs(epilog or ""),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
+            add_help=add_help,
         )
 
     def error(self, message: str) -> NoReturn:

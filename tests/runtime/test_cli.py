@@ -13,6 +13,7 @@ import pytest
 
 from executor.cli import main
 from executor.record import Record
+from planner.plan import Plan
 from planner.units import MIB
 
 
@@ -135,6 +136,7 @@ def test_a_plan_that_does_not_fit_any_more_is_exit_code_3(
             ["ALL", "--prompt", "y", "--record", "r.a", "--save-outputs", "r-2.a"],
             "--record r-2.a: wanted a file of its own",
         ),
+        (["ALL", "--temp", "1"], "unrecognized arguments: --temp"),
         (["ALL", "--odd"], "unrecognized arguments: --odd; see: execute --help"),
         (["--vram", "16", "REST"], "--vram: wanted a size such as 16GB"),
         (["--make-random-checkpoint", "huge", "/tmp/never"], "huge"),
@@ -179,11 +181,30 @@ def test_a_random_checkpoint_is_written(tmp_path: Path, capsys: pytest.CaptureFi
     assert "of random weights (tiny)" in err
 
 
-def test_help_names_every_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_every_exit_code_in_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     assert end.value.code == 0
-    assert "130 interrupted" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "130 interrupted" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_plan_whose_command_cannot_be_read_is_not_planned_anew(
+    ordinary: list[str],
+    plan_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    odd = tmp_path / "odd.json"
+    Plan.load(plan_file).model_copy(update={"request": "plan --model 'tiny"}).save(odd)
+    monkeypatch.setattr("executor.memory.available_bytes", lambda: 0)
+    assert main([str(odd), *ordinary[1:], "--replan"]) == 2
+    assert "error: request: wanted the command that makes the plan" in capsys.readouterr().err
 
 
 def start(arguments: list[str]) -> subprocess.Popen[bytes]:
