@@ -166,9 +166,23 @@ def load_profile(name: str) -> DeviceProfile:
     )
     if len(matches) == 1:
         return _load(matches[0])
-    close = matches or difflib.get_close_matches(wanted, ids, n=4, cutoff=0.4)
+    close = matches or _closest(wanted, ids)
     hint = f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(ids)}"
     raise InputError(f"device: wanted the name of a profile, found {name!r}; {hint}")
+
+
+def _closest(wanted: str, ids: Sequence[str]) -> list[str]:
+    """At most four ids like that one: first those that share its number (`a100`), then its other words, then its letters."""
+    words = set(wanted.split("-"))
+
+    def shared(known: str) -> tuple[int, int]:
+        both = words.intersection(known.split("-"))
+        numbers = [word for word in both if re.search("[0-9]", word) and not word.endswith("gb")]
+        return len(numbers), len(both)
+
+    alike = difflib.get_close_matches(wanted, ids, n=len(ids), cutoff=0.4)
+    alike += [known for known in ids if known not in alike and shared(known)[0]]
+    return sorted(alike, key=shared, reverse=True)[:4]
 
 
 _MAKERS_WORDS = ("nvidia", "geforce", "tesla", "generation", "gpu")

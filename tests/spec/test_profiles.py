@@ -75,6 +75,11 @@ def test_a_laptop_card_is_not_taken_for_the_desktop_one() -> None:
     [
         ("RTX 5808 16GB", "did you mean rtx-5080-16gb"),
         ("A100 SXM4", "did you mean a100-sxm4-40gb, a100-sxm4-80gb"),
+        ("a100-40gb", "did you mean a100-sxm4-40gb, a100-sxm4-80gb, a100-pcie-80gb, a10-24gb[?]"),
+        ("A100", "did you mean a100-sxm4-80gb, a100-sxm4-40gb, a100-pcie-80gb"),
+        ("RTX 4090 Ti", "did you mean rtx-4090-24gb, rtx-4090-laptop-16gb"),
+        ("T4 8GB", "did you mean t4-16gb"),
+        ("5080", "did you mean rtx-5080-16gb[?]"),
         ("zzz", "there are a10-24gb"),
         ("", "there are a10-24gb"),
         ("../devices/cpu", "wanted the name of a profile"),
