@@ -4,7 +4,8 @@
     → settings in order of their exact seconds (`planner.parts`) → those whose bytes fit by the closed form
     → program, graph, layout, bytes (`planner.assemble`) → the first that fits is the fastest → Plan
 
-Nothing is cut off: a setting is left out only where its bound is not below the seconds of the plan.
+Nothing is cut off: a setting is left out only where its bound is not below the seconds of the plan. Near the smallest
+budget, and where layers are few, the plan's neighbours outside that space are tried too (`planner.climb`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import NamedTuple
 
 from planner.assemble import Evaluated, assemble, evaluate
 from planner.certificate import certificate, least_plan
+from planner.climb import climbed
 from planner.errors import BudgetTooSmall
 from planner.moves import moves, usual, usual_choice
-from planner.parts import plain_bytes, worked
+from planner.parts import plain_bytes
 from planner.plan import Order, Plan
 from planner.problem import Problem, Request
 from planner.profile import DeviceProfile
@@ -33,8 +35,9 @@ OPENED_STEPS = 160_000  # steps of all nodes of the space that are opened, at mo
 SLOPE, STEEPER = 1 / 256, 40  # by which refined nodes are preferred then; doubled after so many
 REFUSED = 3  # settings with the same residents and prompt tiles that are worked out in full and do not fit, at most
 LACKED = 3  # settings that did not fit, after which all are given as much less room as the least of them lacked
-FOLLOWING = 60  # nodes opened after each plan found there, at most
+FOLLOWING = 80  # nodes opened after each plan found there, at most
 DIVED = 480  # nodes opened on the way to a plan where the search was cut off, at most
+CLIMBED_STEPS = 40_000  # steps of all settings that are worked out around a plan, at most
 BUILT = 24  # settings whose program, graph and layout are built, at most
 
 __all__ = ["Request", "build", "search", "usual_way"]
@@ -51,6 +54,8 @@ def search(request: Request, device: DeviceProfile, *, compared: bool = True) ->
     steps = len(smallest.program.steps)
     weighed, built = OPENED_STEPS // steps, max(BUILT, OPENED_STEPS // 50 // steps)
     found = fastest(space, smallest, weighed_most=weighed, built_most=built)
+    if space.short or found.best is smallest:
+        found = _climbed(space, found, CLIMBED_STEPS // steps)
     return assemble(
         problem,
         found.best,
@@ -151,6 +156,13 @@ def fastest(
         if found:
             return Found(found, queue.weighed, entry.bound, queue.built)
     return Found(smallest, queue.weighed, smallest.seconds, queue.built)
+
+
+def _climbed(space: Space, found: Found, most: int) -> Found:
+    """The same, or better where the space has left out what would fit."""
+    best, weighed = climbed(space, found.best, most=most)
+    bound = min(found.lower_bound, best.seconds)
+    return found._replace(best=best, weighed=found.weighed + weighed, lower_bound=bound)
 
 
 def _dive(space: Space, queue: _Queue, smallest: Evaluated) -> Evaluated:
@@ -268,7 +280,7 @@ class _Queue:
 
     def _slower(self, setting: Setting) -> None:
         """The next slower tower beside the same rest: in the plain order it pays only where the faster one does not fit."""
-        slower = self.space.following(*setting)
+        slower = self.space.following(*setting, soon=self.slope > 0)
         self.extend(self._settings(setting.filling, slower, setting.order))
 
     def _key(self, choice: Choice) -> tuple[object, ...]:
@@ -288,24 +300,16 @@ class _Queue:
 
     def _time(self, setting: Setting, spare_bytes: int) -> None:
         """Exact seconds, and bytes by the closed form."""
-        more, before = 0, None
-        while True:
-            choice = replace(self.space.choice(*setting), spare_bytes=spare_bytes)
-            if self.failed and self._key(choice) in self.failed:
-                if setting.order == "vision_then_llm":
-                    self._slower(setting)
-                return
-            found = worked(self.space.parts, choice)
-            excess = self._excess(choice, found.live, found.held)
-            if excess <= 0:
+        choice = replace(self.space.choice(*setting), spare_bytes=spare_bytes)
+        if self.failed and self._key(choice) in self.failed:
+            if setting.order == "vision_then_llm":
+                self._slower(setting)
+            return
+        choice, found, excess = self.space.spared(choice)
+        if excess <= 0:
+            if not (self.failed and self._key(choice) in self.failed):
                 self.push(found.seconds, Timed(setting, choice))
-                return
-            plain = plain_bytes(self.space.parts, choice) if setting.order == "prefetch" else None
-            if plain is None or self._excess(choice, *plain) > 0:
-                break
-            # too much beside the steps of the vision tower: let so much less arrive early, or twice what changed nothing
-            more = 2 * more if found == before else excess
-            spare_bytes, before = spare_bytes + more, found
+            return
         if setting.order == "all_first":  # it holds what others do not
             return
         if setting.order == "vision_then_llm":
@@ -314,12 +318,6 @@ class _Queue:
             self.refused[setting.filling] = self.refusals
         less = self.space.lacking(setting.filling, choice)
         self._retry(setting, less or excess)
-
-    def _excess(self, choice: Choice, live: int, held: int) -> int:
-        """Bytes beyond the budget by the closed form."""
-        if self.budget is None:
-            return 0
-        return self.space.footprint.bound(choice, live, held) - self.budget
 
     def _retry(self, setting: Setting, excess: int) -> None:
         """A setting that does not fit after all: the same residents of decode, or fewer, in so much less room."""

@@ -17,7 +17,7 @@ from planner.allocator.settings import SMALL_BYTES
 from planner.assemble import card_base
 from planner.footprint import SMALL_BYTES as WHOLE_BYTES
 from planner.footprint import in_steps
-from planner.fronts import Option, Options
+from planner.fronts import Options
 from planner.parts import Frame, plain_bytes
 from planner.plan import Kept, Outside, Phase
 from planner.problem import Problem
@@ -63,10 +63,16 @@ class Floor:
         self.small = lru_cache(maxsize=None)(self._small)
         self.large = lru_cache(maxsize=None)(self._large)
 
+    def beside(self, taken: Sequence[Taken]) -> int:
+        """The same without a large arena."""
+        return self._bytes([Taken(WHOLE_BYTES, 0, 0, 0, 0), *taken]) - WHOLE_BYTES
+
     def bytes(self, tiles: Sequence[Tile]) -> int:
         """No setting with these tiles needs less."""
-        most = Taken(*map(max, *(tile.taken for tile in tiles)))
-        live, outside, doubled, largest, small = most
+        return self._bytes([tile.taken for tile in tiles])
+
+    def _bytes(self, taken: Sequence[Taken]) -> int:
+        live, outside, doubled, largest, small = Taken(*map(max, *taken))
         arena = min(live, WHOLE_BYTES)  # a larger one grows in steps and changes nothing beside it
         large = self.large(arena, outside if outside > SMALL_BYTES else 0, largest)
         large = max(large, in_steps(arena + self.large_bytes + doubled))
@@ -147,21 +153,24 @@ def _lists(
     for kind, found in options.items():
         least: dict[tuple[tuple[Outside, ...], ...], Tile] = {}
         for option in sorted(found, key=lambda o: o.bytes):
-            tiles = choice.tiles.model_copy(update=dict(option.tiles))
-            blocks = tuple(space.problem.outside(kind, phase, tiles, group) for group in groups)
+            blocks = space.blocks(kind, phase, option, groups)
             if blocks not in least:
-                least[blocks] = _tile(floor, option, frame.base[kind], blocks)
+                live = frame.base[kind] + option.bytes
+                taken = taken_beside(floor, live, option.outside, blocks)
+                least[blocks] = Tile(option.tiles, option.seconds, taken)
         yield list(least.values())
 
 
-def _tile(floor: Floor, option: Option, base: int, blocks: Sequence[tuple[Outside, ...]]) -> Tile:
+def taken_beside(
+    floor: Floor, live: int, outside: int, blocks: Sequence[tuple[Outside, ...]]
+) -> Taken:
+    """What steps with these blocks take."""
     large = [tuple(b for b in each if doubled_bytes([b]) > SMALL_BYTES) for each in blocks]
     small = [tuple(b for b in each if doubled_bytes([b]) <= SMALL_BYTES) for each in blocks]
-    taken = Taken(
-        base + option.bytes,
-        option.outside,
+    return Taken(
+        live,
+        outside,
         max(map(doubled_bytes, large)),
         max((doubled_bytes([block]) for each in large for block in each), default=0),
         max(map(floor.small, small)),
     )
-    return Tile(option.tiles, option.seconds, taken)

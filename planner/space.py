@@ -11,8 +11,8 @@ has worked out in full is the fastest.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import product
 from operator import le
@@ -22,6 +22,7 @@ from planner.footprint import Footprint
 from planner.fronts import (
     START,
     VOCABULARY_ROWS,
+    Option,
     Options,
     Taken,
     caps,
@@ -31,8 +32,8 @@ from planner.fronts import (
     prefill_options,
     vision_options,
 )
-from planner.parts import Frame, Parts, both, early_starts
-from planner.plan import Order
+from planner.parts import Frame, Parts, Worked, both, early_starts, plain_bytes, worked
+from planner.plan import Kind, Order, Outside, Phase
 from planner.problem import Problem
 from planner.queues import Beside, line
 from planner.schedule import Anchor, Choice, PhaseResidency, spread
@@ -535,13 +536,13 @@ class Space:
         compute = min(t.compute_seconds for t in towers[number:])
         yield prompt.resident_copy_seconds + compute + prompt.seconds_filled + rest, "all_first"
 
-    def following(self, filling: Filling, number: int, order: Order) -> int:
+    def following(self, filling: Filling, number: int, order: Order, *, soon: bool = False) -> int:
         """The number of the next slower tower that may bring something where those up to that number do not fit, or have residents of prefill wait."""
         towers, prompt = self.towers_of(filling), self.prompt(filling)
         assert prompt is not None
         sizes = [prompt.frame.sizes[early] for early in prompt.frame.early]
-        if order != "vision_then_llm" and self.problem.model.vision.depth > TALL:
-            return number + 1
+        if order != "vision_then_llm" and self.problem.model.vision.depth > TALL and not soon:
+            return number + 1  # there are few
         text = self.text_peaks(filling, prompt)
         known: list[tuple[Tower, int, list[int]]] = []
         for n, tower in enumerate(towers):
@@ -607,6 +608,46 @@ class Space:
         """The most bytes held where all the tower's residents come before the first step."""
         frame = self.parts.vision(tower.together, tower.residency, depth, True)
         return self.parts.held("vision", frame, START.model_copy(update=tower.tiles))
+
+    def phases(self, choice: Choice) -> list[tuple[Phase, Frame, Options]]:
+        """Parts of a setting, with what tiles they may have."""
+        parts, rows = self.parts, choice.tiles.vocabulary_rows
+        first = choice.order == "all_first"
+        vision = parts.vision(choice.images_together, choice.vision, choice.depth, first)
+        prefill = parts.prefill(choice.prefill, choice.decode, choice.depth, rows)
+        found: list[tuple[Phase, Frame, Options]] = [
+            ("vision", vision, self.vision[choice.images_together]),
+            ("prefill", prefill, self.prefill),
+        ]
+        if self.repeats:
+            decode = parts.decode(choice.decode, choice.prefill, choice.depth, rows)
+            found.append(("decode", decode, {}))
+        return found
+
+    def spared(self, choice: Choice) -> tuple[Choice, Worked, int]:
+        """The setting, worked out, and bytes beyond the budget by the closed form. Under `prefetch`, where it would fit in the plain order, with so much less arriving early that it fits."""
+        more, before = 0, None
+        while True:
+            found = worked(self.parts, choice)
+            excess = self.excess(choice, found.live, found.held)
+            plain = choice.order == "prefetch" and excess > 0
+            if not plain or self.excess(choice, *plain_bytes(self.parts, choice)) > 0:
+                return choice, found, excess
+            # too much beside the steps of the vision tower: let so much less arrive early, or twice what changed nothing
+            more = 2 * more if found == before else excess
+            choice, before = replace(choice, spare_bytes=choice.spare_bytes + more), found
+
+    def excess(self, choice: Choice, live: int, held: int) -> int:
+        """Bytes beyond the budget by the closed form."""
+        budget = self.problem.request.budget_bytes
+        return 0 if budget is None else self.footprint.bound(choice, live, held) - budget
+
+    def blocks(
+        self, kind: Kind, phase: Phase, option: Option, groups: Sequence[tuple[int, ...]]
+    ) -> tuple[tuple[Outside, ...], ...]:
+        """Blocks outside the arena of a kind's steps with these tiles, for each group of images."""
+        tiles = START.model_copy(update=dict(option.tiles))
+        return tuple(self.problem.outside(kind, phase, tiles, group) for group in groups)
 
     def choice(self, filling: Filling, number: int, order: Order) -> Choice:
         """Every lever set."""

@@ -1,0 +1,117 @@
+"""The fastest tiles with which given residents fit: of all combinations that may, not of those that a cap leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from itertools import islice, product
+from operator import itemgetter
+
+from planner.footprint import SMALL_BYTES, STEP_BYTES
+from planner.fronts import Option, Options
+from planner.parts import worked
+from planner.plan import Kind, Outside, Phase
+from planner.schedule import Choice
+from planner.smallest_card import Floor, Taken, taken_beside
+from planner.space import Space
+from planner.tiles_cpu import Combinations, kinds_of
+
+CHECKED = 24  # combinations of tiles that are worked out for one setting, at most
+OPENED = 400  # partial ones that are looked at, at most
+
+Class = tuple[Taken, list[Option]]  # options with equal blocks beside the arena, the fastest first
+
+
+class Refit:
+    """Settings of a request with a budget, with tiles fitted to what they really need."""
+
+    def __init__(self, space: Space) -> None:
+        self.space, self.problem = space, space.problem
+        assert self.problem.request.budget_bytes is not None
+        self.budget = self.problem.request.budget_bytes
+        self.rooms = lru_cache(maxsize=None)(self._rooms)
+        self.worked_out = 0
+
+    def fitting(self, choice: Choice, below: float) -> Iterator[tuple[float, Choice]]:
+        """Exact seconds, less than `below`, and the setting with tiles with which it fits by the closed form: the fastest tiles first."""
+        options = [
+            *self.space.vision[choice.images_together].values(),
+            *self.space.prefill.values(),
+        ]
+        quickest = {key: value for found in options for key, value in found[0].tiles.items()}
+        self.worked_out += 1
+        if worked(self.space.parts, _tiled(choice, quickest)).seconds >= below:
+            return
+        for tiles in islice(self._combinations(choice), CHECKED):
+            self.worked_out += 1
+            setting, found, excess = self.space.spared(_tiled(choice, tiles))
+            if found.seconds < below and excess <= 0:
+                yield found.seconds, setting
+
+    def _combinations(self, choice: Choice) -> Iterator[Mapping[str, int]]:
+        return self._on_cpu(choice) if self.problem.on_cpu else self._on_card(choice)
+
+    def _on_cpu(self, choice: Choice) -> Iterator[Mapping[str, int]]:
+        problem = self.problem
+        kinds = kinds_of(problem, choice.tiles, self.space.phases(choice))
+        tiled = {shape for kind in kinds for shapes in kind.shapes for shape in shapes}
+        tiles = {key: value for kind in kinds for key, value in kind.options[0].tiles.items()}
+        start = choice.tiles.model_copy(update=tiles)
+        others = problem.gemm_shapes(start, choice.images_together) - tiled
+        context = problem.context_bytes(others) + problem.profile.context_error_bytes
+        return Combinations(problem, kinds, self.budget - context).fastest_first(OPENED)
+
+    # --- a card ---------------------------------------------------------------------------------------------------
+
+    def _on_card(self, choice: Choice) -> Iterator[Mapping[str, int]]:
+        """Under each combination of blocks the fastest tiles for which the arena has room, the fastest of all first."""
+        base = {
+            kind: frame.base[kind]
+            for _, frame, options in self.space.phases(choice)
+            for kind in options
+        }
+        found: dict[tuple[int, ...], tuple[float, Mapping[str, int]]] = {}
+        for room, classes in self.rooms(choice.images_together):
+            tiles: dict[str, int] = {}
+            seconds = 0.0
+            for kind, options in classes.items():
+                fits = (o for o in options if base[kind] + o.bytes <= room)
+                option = next(fits, None)
+                if option is None:
+                    break
+                tiles.update(option.tiles)
+                seconds += option.seconds
+            else:
+                found[tuple(tiles.values())] = seconds, tiles
+        return (tiles for _, tiles in sorted(found.values(), key=itemgetter(0)))
+
+    def _rooms(self, together: bool) -> list[tuple[int, Mapping[Kind, list[Option]]]]:
+        """Of each combination of blocks beside the arena the bytes that it may have, and the options of each kind of step."""
+        floor = Floor(self.problem)
+        kinds: dict[Kind, list[Class]] = {}
+        phases: list[tuple[Phase, Options]] = [
+            ("vision", self.space.vision[together]),
+            ("prefill", self.space.prefill),
+        ]
+        for phase, options in phases:
+            groups = self.space.parts.groups(together) if phase == "vision" else [()]
+            for kind, found in options.items():
+                classes: dict[tuple[tuple[Outside, ...], ...], Class] = {}
+                for option in found:
+                    blocks = self.space.blocks(kind, phase, option, groups)
+                    if blocks not in classes:
+                        classes[blocks] = taken_beside(floor, 0, option.outside, blocks), []
+                    classes[blocks][1].append(option)
+                kinds[kind] = list(classes.values())
+        rooms: list[tuple[int, Mapping[Kind, list[Option]]]] = []
+        for combination in product(*kinds.values()):
+            beside = floor.beside([taken for taken, _ in combination])
+            # a small arena shares segments with blocks
+            room = max((self.budget - beside) // STEP_BYTES * STEP_BYTES, SMALL_BYTES)
+            rooms.append((room, dict(zip(kinds, map(itemgetter(1), combination), strict=True))))
+        return rooms
+
+
+def _tiled(choice: Choice, tiles: Mapping[str, int]) -> Choice:
+    return replace(choice, tiles=choice.tiles.model_copy(update=dict(tiles)))

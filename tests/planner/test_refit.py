@@ -1,0 +1,86 @@
+"""Tiles fitted anew: of those that fit none is faster in one or two kinds of steps; and the climb from plan to plan."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations, islice
+from typing import Any
+
+import pytest
+
+from planner.certificate import least_plan
+from planner.climb import climbed
+from planner.fronts import Option
+from planner.problem import Problem
+from planner.refit import CHECKED, Refit
+from planner.search import search
+from planner.space import Space
+
+NEAR = [1.001, 1.004]  # budgets, in proportion to the smallest
+
+
+@pytest.fixture(scope="module")
+def optimality(kit: Any) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(kit.root / "benchmarks")
+        return importlib.import_module("optimality")
+
+
+def near(optimality: Any, seed: int, more: float) -> tuple[Space, Any]:
+    """The space of a small request with so many times the smallest budget, and its smallest plan."""
+    request, profile = optimality.drawn(seed)
+    least = least_plan(Problem(request, profile)).bound_bytes
+    problem = Problem(replace(request, budget_bytes=round(least * more)), profile)
+    return Space(problem), least_plan(problem)
+
+
+def faster(
+    options: Sequence[Sequence[Option]], tiles: Mapping[str, int]
+) -> Iterator[dict[str, int]]:
+    """These tiles with other ones of one kind or two, in which the steps take less together."""
+    mine = [next(o for o in found if o.tiles.items() <= tiles.items()) for found in options]
+    for one, two in combinations(range(len(options)), 2):
+        for first in options[one]:
+            for second in options[two]:
+                if first.seconds + second.seconds < mine[one].seconds + mine[two].seconds:
+                    yield {**tiles, **first.tiles, **second.tiles}
+
+
+@pytest.mark.parametrize("seed", [11, 13, 1072, 1080, 1090, 1102, 1132])
+@pytest.mark.parametrize("more", NEAR)
+def test_with_the_first_tiles_a_setting_fits_and_with_faster_ones_it_does_not(
+    optimality: Any, seed: int, more: float
+) -> None:
+    space, least = near(optimality, seed, more)
+    choice = least.choice
+    found = next(Refit(space).fitting(choice, float("inf")))
+    assert space.spared(found[1])[2] <= 0
+    options = [*space.vision[choice.images_together].values(), *space.prefill.values()]
+    for tiles in islice(faster(options, found[1].tiles.model_dump()), 400):
+        setting = replace(choice, tiles=choice.tiles.model_copy(update=tiles))
+        assert space.spared(setting)[2] > 0, tiles
+
+
+@pytest.mark.parametrize("seed", [1072, 1080, 1090, 1102, 1132])
+def test_a_climb_ends_at_a_faster_plan_that_fits_where_the_space_has_none(
+    optimality: Any, seed: int
+) -> None:
+    request, profile = optimality.drawn(seed)
+    space = Space(Problem(request, profile))
+    least = least_plan(space.problem)
+    better, worked_out = climbed(space, least, most=2000)
+    assert 0 < worked_out <= 2000 + CHECKED
+    assert better.seconds < least.seconds * 0.995
+    assert better.bound_bytes <= request.budget_bytes
+    plan = search(request, profile, compared=False)
+    assert plan.prediction.seconds <= better.seconds * (1 + 1e-9) + space.problem.start_s(
+        better.choice.tiles
+    )
+    assert plan.prediction.seconds_lower_bound <= plan.prediction.seconds
+
+
+def test_where_no_settings_may_be_worked_out_a_climb_stays_where_it_is(optimality: Any) -> None:
+    space, least = near(optimality, 1102, NEAR[0])
+    assert climbed(space, least, most=0)[0] is least
