@@ -19,6 +19,7 @@ from executor.generate import Sampling
 from executor.image import ArrayPixels
 from executor.order import problems
 from executor.prepare import Request as RunRequest
+from executor.random_files import SPECS
 from executor.run import run
 from executor.weights import Reader
 from planner import search
@@ -187,13 +188,13 @@ class Lab:
         """Three blocks and three layers."""
         if tied not in self._checkpoints:
             name = "hostile-tied" if tied else "hostile"
-            make_checkpoint.SPECS[name] = make_checkpoint.SPECS["tiny"]._replace(
+            SPECS[name] = SPECS["tiny"]._replace(
                 layers=3, vision_depth=3, full_attention_blocks=(1,), tied=tied
             )
             try:
                 make_checkpoint.make_random_checkpoint(name, self.folder / name, dtype=self.dtype)
             finally:
-                del make_checkpoint.SPECS[name]
+                del SPECS[name]
             self._checkpoints[tied] = spec.read_checkpoint(self.folder / name)
         return self._checkpoints[tied]
 

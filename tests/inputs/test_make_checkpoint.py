@@ -10,17 +10,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from executor import make_checkpoint
+from executor import make_checkpoint, random_files
 from executor.image import open_image
 from executor.make_checkpoint import make_random_checkpoint
 from executor.prompt import build_prompt, load_tokenizer
+from executor.random_files import SPECS
 from planner.errors import InputError, RunFailed
 from planner.plan import TokenIds
 from planner.workload import parse_image
 
 
 def shapes(spec: str) -> dict[str, tuple[int, ...]]:
-    return dict(make_checkpoint._tensors(make_checkpoint.SPECS[spec]))
+    return dict(make_checkpoint._tensors(SPECS[spec]))
 
 
 def test_the_large_specs_have_the_published_tensors() -> None:
@@ -29,7 +30,7 @@ def test_the_large_specs_have_the_published_tensors() -> None:
         tensors = shapes(spec)
         assert len(tensors) == count
         assert 2 * sum(map(math.prod, tensors.values())) == size
-        tokenizer = make_checkpoint._tokenizer(make_checkpoint.SPECS[spec].first_special)
+        tokenizer = random_files.tokenizer(SPECS[spec].first_special)
         assert tokenizer["model"]["vocab"]["<|image_pad|>"] == 151655
         assert tokenizer["model"]["vocab"]["<|im_end|>"] == 151645
 
