@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from planner.buffers import text_scratch, vision_scratch
+from planner.kept_code import DESCRIPTOR_BYTES, kept_bytes
 from planner.plan import DTYPE_BYTES, Image, Kind, ModelShape, Tiles, spans, window_tiles
 from planner.rates import CACHE_BYTES, Kernels, Measured, seconds_at
 
@@ -277,11 +278,24 @@ class Calls:
 
     # --- before the first step --------------------------------------------------------------------------------------
 
-    def prime(self, tiles: Tiles, images: Sequence[Image], rows: int, products: int) -> float:
+    def create(self, products: int, code_bytes: int) -> float:
+        """Seconds in which the library makes so many bytes of code for so many products that it has not seen."""
+        seconds = products * self.measured.create_s
+        wide = self.measured.create_wide_s
+        if wide:
+            per_byte = max(wide - self.measured.create_s, 0.0) / WIDE_CODE_BYTES
+            seconds += code_bytes * per_byte
+        return seconds
+
+    def blank(self, size_bytes: int) -> float:
+        """Seconds of reading weights that are not there yet: every page is the system's page of zeros."""
+        return size_bytes * self.touch_s * BLANK
+
+    def prime(self, tiles: Tiles, images: Sequence[Image], rows: int) -> float:
         """Seconds of opening the images and of priming: one tile of each distinct size on new pages, over few keys."""
         model, shape, text = self.model, self.model.vision, self.model.text
         pixels = sum(image.source_width_px * image.source_height_px for image in images)
-        seconds = pixels / self.measured.image_pixels_per_s + products * self.measured.create_s
+        seconds = pixels / self.measured.image_pixels_per_s
         for image in images[:1]:
             patches = image.patches
             for kind in VISION:
@@ -311,6 +325,8 @@ class Calls:
 
 
 VISION: tuple[Kind, ...] = ("patch_embed", "window_attn", "full_attn", "vision_mlp", "merger")
+WIDE_CODE_BYTES = kept_bytes(540, 5120, 5120, bias=False) - DESCRIPTOR_BYTES
+BLANK = 0.7  # of the time of a new page
 PRIMING_KEYS = 1024  # executor.ops.priming_keys: at most so many
 
 

@@ -94,7 +94,7 @@ def neighbours(space: Space, choice: Choice) -> Iterator[Choice]:
         yield replace(choice, depth=depth)
     for together in space.modes:
         yield replace(choice, images_together=together)
-    for residency in space.vision_residencies(choice.images_together, 1):
+    for residency in space.vision_residencies(choice.images_together):
         yield replace(choice, vision=residency)
     for decode, prefill in _language(space, choice):
         yield replace(choice, decode=decode, prefill=prefill)

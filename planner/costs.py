@@ -186,11 +186,20 @@ class Costs:
             return self.elementwise(text.vocabulary, GATE_PASSES, 1) + 2 * self.profile.launch_s
         return self.elementwise(text.hidden, NORM_PASSES, 1)
 
-    def prime(self, tiles: Tiles, images: Sequence[Image], rows: int, products: int) -> float:
-        """Seconds of one tile of every distinct shape, and of opening the images, before the first step; `products`: distinct shapes of them."""
+    def prime(
+        self,
+        tiles: Tiles,
+        images: Sequence[Image],
+        rows: int,
+        products: int,
+        code_bytes: int,
+        weight_bytes: int,
+    ) -> float:
+        """Seconds of one tile of every distinct shape, and of opening the images, before the first step. `products`: distinct shapes of them, for which so many bytes of code are made."""
         if not self._calls:
             return 0.0
-        return self._calls.prime(tiles, images, rows, products)
+        seconds = self._calls.prime(tiles, images, rows)
+        return seconds + self._calls.create(products, code_bytes) + self._calls.blank(weight_bytes)
 
     def copy(self, size_bytes: int, *, first: bool, cached: bool, fresh: bool = False) -> float:
         """Seconds of bringing `size_bytes` of weights: `first` from disk; again from host memory where the file stays `cached`.

@@ -29,6 +29,7 @@ from planner.units import KIB
 ONE_ROW = 584 * KIB  # a matrix-vector product: descriptors, and hardly any code
 FEW_OUTPUTS = 650 * KIB  # both widths below 512: at most 100 KiB of code
 DESCRIPTORS = {True: 592, False: 580}  # KiB, with and without bias
+DESCRIPTOR_BYTES = 586 * KIB
 UNBIASED = 0.78  # of the code
 WITHOUT_AMX, WITHOUT_AMX_RAGGED = 660 * KIB, 840 * KIB  # ragged: outputs that are no multiple of 32
 TILE = 32

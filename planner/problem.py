@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -164,9 +164,14 @@ class Problem:
     def _start_s(self, tiles: Tiles) -> float:
         """Seconds from the start of the process to the first step: imports, one call of every kernel, images."""
         images = self.workload.images
-        products = sum(rows > 1 for rows, _, _ in self.gemm_shapes(tiles, together=True))
+        products = [shape for shape in self.gemm_shapes(tiles, together=True) if shape[0] > 1]
+        code = sum(
+            max(self.kept_bytes(shape) - kept_code.DESCRIPTOR_BYTES, 0) for shape in products
+        )
         rows = self.workload.prompt_tokens
-        return self.profile.start_s + self.costs.prime(tiles, images, rows, products)
+        sizes = self.unit_sizes(tiles.vocabulary_rows)
+        prime = self.costs.prime(tiles, images, rows, len(products), code, _primed_bytes(sizes))
+        return self.profile.start_s + prime
 
     def seconds_of(self, step: StepDraft, tiles: Tiles, head_rows: int) -> float:
         """Seconds of a step without waiting; in decode of a mean iteration."""
@@ -249,6 +254,12 @@ class Problem:
             peak = max(peak, kept + host.peak_bytes)
             kept += host.kept_bytes
         return peak
+
+
+def _primed_bytes(sizes: Mapping[str, int]) -> int:
+    """Weights that priming reads, one unit of each size: those of the language model in prefill and in decode."""
+    distinct = {(unit.partition("/")[0], size) for unit, size in sizes.items()}
+    return sum(size * (2 if tower == "text" else 1) for tower, size in distinct)
 
 
 def kv_bytes(model: ModelShape, tokens: int) -> int:

@@ -214,7 +214,7 @@ class Space:
         found: dict[tuple[object, ...], Tower] = {}
         tall = self.problem.model.vision.depth > TALL
         for together, options in self.vision.items():
-            for residency in self.vision_residencies(together, depth):
+            for residency in self.vision_residencies(together):
                 frame = self.parts.vision(together, residency, depth, False)
                 # blocks of several sizes may take more than the largest: the prompt's tiles and these need not share a cap
                 for mine in (cap,) if tall else self.caps:
@@ -231,7 +231,7 @@ class Space:
         towers.sort(key=lambda t: float(f"{min(t.seconds):.8e}"))
         return towers
 
-    def vision_residencies(self, together: bool, depth: int) -> list[PhaseResidency]:
+    def vision_residencies(self, together: bool) -> list[PhaseResidency]:
         """How many attention and MLP halves may be resident, spread in each way."""
         blocks = self.problem.model.vision.depth
         step = max(blocks // VISION_SHARES, 1)
@@ -239,9 +239,6 @@ class Space:
         found = []
         once = together and blocks > TALL  # every unit is used once
         for attn, mlp in zip(counts, counts, strict=True) if once else product(counts, counts):
-            whole = (attn, mlp) == (blocks, blocks)
-            if whole and depth > 1:
-                continue  # nothing is staged
             anchors = self.ways(attn, mlp, (blocks, blocks))
             found += [PhaseResidency(attn, mlp, 0, anchor) for anchor in anchors]
         return found

@@ -56,7 +56,8 @@ def probe(
         whole = kernels(bench, torch.float32)
         on_progress("memory and files")
         rates = measured_rates(bench, folder, 8 * MIB if short else 256 * MIB)
-        create = create_s(bench)
+        create = create_s(bench, (97, 161, 225, 289, 353), 640)
+        wide = 0.0 if short or device != "cpu" else create_s(bench, (524, 540, 556), 5120)
         opening = image_pixels_per_s(folder, 256 if short else 1536)
         drawn = sampling((640, 4096) if short else (640, 4096, 151_936), sizes.seconds)
         pixels = pixel_values_per_s(112 if short else 448)
@@ -70,6 +71,7 @@ def probe(
         copy_s=50e-6,
         first_touch_bytes_per_s=rates.first_touch,
         create_s=create,
+        create_wide_s=wide,
         image_pixels_per_s=opening,
         beside=rates.beside,
     )

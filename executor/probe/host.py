@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,12 +26,12 @@ def pixel_values_per_s(side_px: int) -> int:
     return best(lambda: source.rows(0, image.patches, out), out.numel(), 5)
 
 
-def create_s(bench: Bench) -> float:
-    """What the first product of a shape takes more than the second: the library makes code for it."""
+def create_s(bench: Bench, rows: Sequence[int], width: int) -> float:
+    """What the first product of so many rows with a square weight takes more than the second: the library makes code for it."""
     found = []
-    weight = bench.numbers(640, 640, dtype=torch.bfloat16)
-    for rows in (97, 161, 225, 289, 353):
-        x = bench.numbers(rows, 640, dtype=torch.bfloat16)
+    weight = bench.numbers(width, width, dtype=torch.bfloat16)
+    for count in rows:
+        x = bench.numbers(count, width, dtype=torch.bfloat16)
         out = torch.empty_like(x)
         laps = []
         for _ in range(3):

@@ -18,6 +18,7 @@ from planner.costs import Costs
 from planner.errors import InputError
 from planner.fronts import START
 from planner.plan import Kind, ModelShape, Tiles
+from planner.problem import Problem, Request
 from planner.profile import DeviceProfile, dumps, load_profile
 from planner.rates import PASSES, TURNS, Grid, HeadDim, Kernels, Measured, seconds_at
 
@@ -273,3 +274,20 @@ def test_one_row_beyond_the_largest_measured_distance_takes_as_long_as_there(
         Calls(known, model, distance).product(1, 1000, 1000, False) for distance in (1000, 10**9)
     ]
     assert seconds[0] == seconds[1] == pytest.approx(2e-3)
+
+
+def test_before_the_first_step_code_is_made_and_blank_weights_are_read(kit: Any) -> None:
+    request = Request(kit.checkpoint("3b"), kit.workload(((448, 448),), new=16), None)
+    problem = Problem(request, toy())
+    products = sum(rows > 1 for rows, _, _ in problem.gemm_shapes(START, together=True))
+
+    def more(**changes: Any) -> float:
+        return Problem(request, toy(**changes)).start_s(START) - problem.start_s(START)
+
+    assert more(create_s=0.001) == pytest.approx(products * 0.001, rel=1e-6)
+    # as much code as a wide product's is made several times over
+    once, twice = (more(create_wide_s=seconds) for seconds in (0.01, 0.02))
+    assert 0.01 < once == pytest.approx(twice / 2, rel=1e-6)
+    # the language model's largest unit is read in prefill and in decode, beside smaller ones
+    largest = max(problem.unit_sizes(START.vocabulary_rows).values())
+    assert more(first_touch_bytes_per_s=10**9) > 0.7 * 2 * largest / 10**9
