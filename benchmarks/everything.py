@@ -21,7 +21,7 @@ from itertools import combinations, product
 from operator import le
 from typing import NamedTuple
 
-from planner.assemble import card_bound
+from planner.evaluate import card_bound
 from planner.footprint import SMALL_BYTES, STEP_BYTES
 from planner.fronts import START, Option, Options
 from planner.parts import Bare, Frame, both, early_starts

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from planner import assemble
+from planner import evaluate
 from planner.arguments import Parser
 from planner.checkpoint.spec import resolve_model
 from planner.errors import BudgetTooSmall
@@ -70,7 +70,7 @@ def plans(device_name: str) -> None:
         made.append((layout, time.perf_counter() - start))
         return layout
 
-    vars(assemble)["place"] = recorded  # every layout goes through it
+    vars(evaluate)["place"] = recorded  # every layout goes through it
     device = load_profile(device_name)
     print("model  plans  above bound  layouts  above bound  largest gap  ms each  ms at most")
     for model in MODELS:

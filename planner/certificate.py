@@ -7,8 +7,8 @@ from dataclasses import replace
 from itertools import product
 
 from planner import smallest_card, smallest_cpu
-from planner.assemble import Evaluated, evaluate
 from planner.errors import BudgetTooSmall
+from planner.evaluate import Evaluated, evaluate
 from planner.fronts import START
 from planner.graph import Intervals
 from planner.lines import wrapped

@@ -13,7 +13,7 @@ from dataclasses import replace
 from itertools import islice, product
 from operator import add
 
-from planner.assemble import Evaluated
+from planner.evaluate import Evaluated
 from planner.plan import Order
 from planner.refit import Refit
 from planner.schedule import Anchor, Choice, PhaseResidency

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 
-from planner.assemble import card_bound
+from planner.evaluate import card_bound
 from planner.fronts import START, Options, products
 from planner.parts import Parts
 from planner.plan import Outside, Tiles

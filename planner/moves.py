@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from planner.assemble import Evaluated, evaluate
+from planner.evaluate import Evaluated, evaluate
 from planner.plan import Move, Tiles, Variant
 from planner.problem import Problem
 from planner.schedule import Choice, PhaseResidency

@@ -2,7 +2,7 @@
 
     the canonical space in order of lower bounds on seconds (`planner.space`), from coarse to fine
     → settings in order of their exact seconds (`planner.parts`) → those whose bytes fit by the closed form
-    → program, graph, layout, bytes (`planner.assemble`) → the first that fits is the fastest → Plan
+    → program, graph, layout, bytes (`planner.evaluate`) → the first that fits is the fastest → Plan (`planner.assemble`)
 
 Nothing is cut off: a setting is left out only where its bound is not below the seconds of the plan. Near the smallest
 budget, and where layers are few, the plan's neighbours outside that space are tried too (`planner.climb`).
@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from planner.assemble import Evaluated, assemble, evaluate
+from planner.assemble import assemble
 from planner.certificate import certificate, least_plan
 from planner.climb import climbed
 from planner.errors import BudgetTooSmall
+from planner.evaluate import Evaluated, evaluate
 from planner.moves import moves, usual, usual_choice
 from planner.parts import plain_bytes
 from planner.plan import Order, Plan

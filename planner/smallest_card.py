@@ -14,7 +14,7 @@ from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
 from planner.allocator.settings import SMALL_BYTES
-from planner.assemble import card_base
+from planner.evaluate import card_base
 from planner.footprint import SMALL_BYTES as WHOLE_BYTES
 from planner.footprint import in_steps
 from planner.fronts import Options

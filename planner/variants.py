@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from planner.assemble import Evaluated, evaluate, program_of
+from planner.evaluate import Evaluated, evaluate, program_of
 from planner.graph import lifetimes_of, live_bytes
 from planner.parts import early_starts
 from planner.plan import Order, Variant

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from planner.assemble import evaluate
 from planner.check import check
 from planner.errors import BudgetTooSmall
+from planner.evaluate import evaluate
 from planner.plan import Plan, Workload
 from planner.problem import Problem, Request
 from planner.profile import load_profile

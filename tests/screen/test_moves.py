@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from planner.assemble import Evaluated, evaluate
+from planner.evaluate import Evaluated, evaluate
 from planner.fronts import START
 from planner.moves import USUAL, moves, usual, usual_choice
 from planner.problem import Problem
