@@ -8,12 +8,12 @@ from functools import lru_cache
 from itertools import islice, product
 from operator import itemgetter
 
+from planner.floor import Floor, Taken
 from planner.footprint import SMALL_BYTES, STEP_BYTES
 from planner.fronts import Option, Options
 from planner.parts import worked
 from planner.plan import Kind, Outside, Phase
 from planner.schedule import Choice
-from planner.smallest_card import Floor, Taken, taken_beside
 from planner.space import Space
 from planner.tiles_cpu import Combinations, kinds_of
 
@@ -101,7 +101,7 @@ class Refit:
                 for option in found:
                     blocks = self.space.blocks(kind, phase, option, groups)
                     if blocks not in classes:
-                        classes[blocks] = taken_beside(floor, 0, option.outside, blocks), []
+                        classes[blocks] = floor.taken(0, option.outside, blocks), []
                     classes[blocks][1].append(option)
                 kinds[kind] = list(classes.values())
         rooms: list[tuple[int, Mapping[Kind, list[Option]]]] = []

@@ -45,13 +45,10 @@ def in_order(space: Space, plain: Sequence[Choice]) -> Iterator[tuple[int, Choic
 
 
 def _in_order(space: Space, plain: Choice) -> Iterator[tuple[int, Choice]]:
-    parts, rows = space.parts, plain.tiles.vocabulary_rows
-    vision = parts.vision(plain.images_together, plain.vision, plain.depth, False)
-    prefill = parts.prefill(plain.prefill, plain.decode, plain.depth, rows)
-    phases = [(vision.still, space.vision[plain.images_together]), (prefill.still, space.prefill)]
+    phases = [(frame.still, options) for _, frame, options in space.phases(plain) if options]
     for tiles in _combinations(space.problem, phases):
         choice = replace(plain, tiles=plain.tiles.model_copy(update=tiles))
-        yield space.footprint.bound(choice, *plain_bytes(parts, choice)), choice
+        yield space.footprint.bound(choice, *plain_bytes(space.parts, choice)), choice
 
 
 def _combinations(
