@@ -157,7 +157,7 @@ def _kept_bytes(problem: Problem, plan: Plan, rows: int) -> int:
     found = set[tuple[int, int, int]]()
     for kind in ("self_attn", "text_mlp"):
         found |= workspace.gemm_shapes(kind, problem.model, _tiles(plan, rows), (), rows)
-    return sum(map(problem.kept_bytes, sorted(found - known)))
+    return problem.kept_for(found - known)
 
 
 # --- seconds ------------------------------------------------------------------------------------------------------

@@ -280,12 +280,8 @@ class Calls:
 
     def create(self, products: int, code_bytes: int) -> float:
         """Seconds in which the library makes so many bytes of code for so many products that it has not seen."""
-        seconds = products * self.measured.create_s
-        wide = self.measured.create_wide_s
-        if wide:
-            per_byte = max(wide - self.measured.create_s, 0.0) / WIDE_CODE_BYTES
-            seconds += code_bytes * per_byte
-        return seconds
+        little, much = self.measured.create_s, self.measured.create_wide_s
+        return products * little + code_bytes * max(much - little, 0.0) / WIDE_CODE_BYTES
 
     def blank(self, size_bytes: int) -> float:
         """Seconds of reading weights that are not there yet: every page is the system's page of zeros."""

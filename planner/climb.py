@@ -17,6 +17,7 @@ from planner.evaluate import Evaluated
 from planner.plan import Order
 from planner.refit import Refit
 from planner.schedule import Anchor, Choice, PhaseResidency
+from planner.setting import residents
 from planner.space import DEPTHS, Space
 from planner.variants import evaluate_ordered
 
@@ -68,17 +69,10 @@ def _next(
 
 def _distinct(space: Space, choices: Iterable[Choice]) -> list[Choice]:
     """Of settings whose residents are the same units one."""
-    blocks = space.problem.model.vision.depth
     found: dict[tuple[object, ...], Choice] = {}
     for choice in choices:
-        totals = space.parts.totals(choice.tiles.vocabulary_rows)
-        residents = (
-            *choice.vision.positions((blocks, blocks)),
-            *choice.prefill.positions(totals, choice.decode),
-            *choice.decode.positions(totals),
-        )
-        levers = choice.order, choice.images_together, choice.depth, choice.tiles.vocabulary_rows
-        found.setdefault((*levers, *residents), choice)
+        key = choice.tiles.vocabulary_rows, *residents(space, choice)
+        found.setdefault(key, choice)
     return list(found.values())
 
 

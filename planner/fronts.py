@@ -247,7 +247,7 @@ def _options(
         taken = {group: problem.taken(kind, phase, tiles, group) for group in groups}
         seconds = sum(problem.seconds(kind, phase, tiles, group, 0) for group in groups) * count
         blocks = {group: outside for group, (_, outside) in taken.items()}
-        kept_bytes = sum(map(problem.kept_bytes, products(problem, kind, tiles)))
+        kept_bytes = problem.kept_for(products(problem, kind, tiles))
         # one buffer for all groups, each group's own blocks
         scratch = max(size for size, _ in taken.values())
         found.append(Option(seconds, scratch, max(blocks.values()), setting, kept_bytes, blocks))

@@ -112,6 +112,17 @@ class Parts:
             return []
         return [everything] if together else [(i,) for i in everything]
 
+    def frames(self, choice: Choice, *, first: bool) -> dict[Phase, Frame]:
+        """The parts of a setting; `first`: with all weights before the first step."""
+        rows = choice.tiles.vocabulary_rows
+        found: dict[Phase, Frame] = {
+            "vision": self.vision(choice.images_together, choice.vision, choice.depth, first),
+            "prefill": self.prefill(choice.prefill, choice.decode, choice.depth, rows),
+        }
+        if self.repeats:
+            found["decode"] = self.decode(choice.decode, choice.prefill, choice.depth, rows)
+        return found
+
     def _bare_vision(self, together: bool) -> Bare:
         problem, model, workload = self.problem, self.problem.model, self.problem.workload
         shape, groups = model.vision, self.groups(together)
@@ -427,28 +438,23 @@ class Worked(NamedTuple):
 
 def plain_bytes(parts: Parts, choice: Choice) -> tuple[int, int]:
     """The most arena bytes alive, and the most bytes at least held, with vision before the language model."""
-    tiles, rows = choice.tiles, choice.tiles.vocabulary_rows
-    frames: dict[Phase, Frame] = {
-        "vision": parts.vision(choice.images_together, choice.vision, choice.depth, False),
-        "prefill": parts.prefill(choice.prefill, choice.decode, choice.depth, rows),
-    }
-    if parts.repeats:
-        frames["decode"] = parts.decode(choice.decode, choice.prefill, choice.depth, rows)
+    tiles = choice.tiles
+    frames = parts.frames(choice, first=False)
     live = [held for phase, frame in frames.items() for held in parts.live(phase, frame, tiles)]
     return max(live), max(parts.held(phase, frame, tiles) for phase, frame in frames.items())
 
 
 def worked(parts: Parts, choice: Choice) -> Worked:
     """Seconds and bytes of one setting, exactly as its program and timeline have them."""
-    tiles, rows, first = choice.tiles, choice.tiles.vocabulary_rows, choice.order == "all_first"
-    vision = parts.vision(choice.images_together, choice.vision, choice.depth, first)
-    prefill = parts.prefill(choice.prefill, choice.decode, choice.depth, rows)
+    tiles, first = choice.tiles, choice.order == "all_first"
+    frames = parts.frames(choice, first=first)
+    vision, prefill = frames["vision"], frames["prefill"]
     live = parts.live("vision", vision, tiles)
     peak = max([*live, *parts.live("prefill", prefill, tiles)])
     held = max(parts.held("vision", vision, tiles), parts.held("prefill", prefill, tiles))
     rest = 0.0
     if parts.repeats:
-        decode = parts.decode(choice.decode, choice.prefill, choice.depth, rows)
+        decode = frames["decode"]
         peak = max(peak, *parts.live("decode", decode, tiles))
         held = max(held, parts.held("decode", decode, tiles))
         loop_ = parts.looped(choice.decode, choice.prefill, choice.depth, tiles)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -181,7 +181,11 @@ class Problem:
 
     def context_bytes(self, gemm_shapes: frozenset[tuple[int, int, int]]) -> int:
         """Driver or interpreter, libraries, plan, tokenizer, and what the CPU's library keeps for each product shape."""
-        return self.fixed_context_bytes + sum(map(self.kept_bytes, gemm_shapes))
+        return self.fixed_context_bytes + self.kept_for(gemm_shapes)
+
+    def kept_for(self, gemm_shapes: Iterable[tuple[int, int, int]]) -> int:
+        """What the CPU's library keeps for these products."""
+        return sum(map(self.kept_bytes, gemm_shapes))
 
     def _fixed_context_bytes(self) -> int:
         profile, model = self.profile, self.model

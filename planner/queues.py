@@ -96,8 +96,10 @@ def line(
 ) -> tuple[list[float], float]:
     """When each step ends, and when the first begins; `jobs` in the order of their queue."""
     if beside != APART:
-        return _shared(steps, jobs, beside)
-    ends: list[float] = []
+        ends, lands = walked(steps, jobs, beside)
+        first = (land for job, land in zip(jobs, lands, strict=False) if not job.need)
+        return ends, max(first, default=0.0)
+    ends = []
     landed = [0.0] * len(steps)
     begin = compute = copying = 0.0
     position, count = 0, len(jobs)
@@ -120,24 +122,22 @@ def line(
     return ends, begin
 
 
-def _shared(
-    steps: Sequence[float], jobs: Sequence[Job], beside: Beside
-) -> tuple[list[float], float]:
-    """The same from event to event, where the queues slow one another down."""
+def walked(
+    steps: Sequence[float], jobs: Sequence[Job], beside: Beside = APART
+) -> tuple[list[float], list[float]]:
+    """When each step ends, and when each job that lands until then does, from event to event: where both queues run they slow one another down."""
     # how many jobs must have ended before each step
     needed = [0] * len(steps)
     for number, job in enumerate(jobs):
         needed[job.need] = number + 1
     ends: list[float] = []
-    begin = now = 0.0
+    lands: list[float] = []
+    now = 0.0
     landed, left = 0, [seconds for _, _, seconds, *_ in jobs]
-    for index, seconds in enumerate(steps):
-        rest = seconds
+    for index, rest in enumerate(steps):
         while True:
             copies = landed < len(jobs) and jobs[landed].after < index
             computes = landed >= needed[index]
-            if computes and not ends and rest == seconds:
-                begin = now
             if not (copies and computes):
                 if computes:
                     now += rest
@@ -145,6 +145,7 @@ def _shared(
                 assert copies, f"step {index} waits for a copy that waits for it"
                 now += left[landed]
                 landed += 1
+                lands.append(now)
                 continue
             compute_s, copy_s = rest / beside.compute, left[landed] / beside.copy
             if compute_s <= copy_s:
@@ -154,8 +155,9 @@ def _shared(
             now += copy_s
             rest -= copy_s * beside.compute
             landed += 1
+            lands.append(now)
         ends.append(now)
-    return ends, begin
+    return ends, lands
 
 
 def loop(steps: Sequence[float], jobs: Sequence[Job], repeats: int, beside: Beside = APART) -> Loop:
@@ -224,5 +226,5 @@ def _unrolled(
             if job.after >= 0:
                 after = start + job.after - (count if job.wraps else 0)
             written.append(Job(start + job.need, max(after, -1), job.seconds))
-    ends, _ = _shared([*steps] * iterations, written, beside)
+    ends, _ = walked([*steps] * iterations, written, beside)
     return [ends[(number + 1) * count - 1] for number in range(iterations)] if steps else []

@@ -8,19 +8,20 @@ from functools import lru_cache
 from itertools import islice, product
 from operator import itemgetter
 
-from planner.floor import Floor, Taken
+from planner.floor import Floor
 from planner.footprint import SMALL_BYTES, STEP_BYTES
-from planner.fronts import Option, Options
+from planner.fronts import Option
 from planner.parts import worked
-from planner.plan import Kind, Outside, Phase
+from planner.plan import Kind, Phase
 from planner.schedule import Choice
+from planner.setting import phases, spared
 from planner.space import Space
 from planner.tiles_cpu import Combinations, kinds_of
 
 CHECKED = 24  # combinations of tiles that are worked out for one setting, at most
 OPENED = 400  # partial ones that are looked at, at most
 
-Class = tuple[Taken, list[Option]]  # options with equal blocks beside the arena, the fastest first
+PHASES: tuple[Phase, ...] = ("vision", "prefill")  # that have tiles to choose
 
 
 class Refit:
@@ -35,30 +36,30 @@ class Refit:
 
     def fitting(self, choice: Choice, below: float) -> Iterator[tuple[float, Choice]]:
         """Exact seconds, less than `below`, and the setting with tiles with which it fits by the closed form: the fastest tiles first."""
-        options = [
-            *self.space.vision[choice.images_together].values(),
-            *self.space.prefill.values(),
-        ]
-        quickest = {key: value for found in options for key, value in found[0].tiles.items()}
         self.worked_out += 1
-        if worked(self.space.parts, _tiled(choice, quickest)).seconds >= below:
+        if worked(self.space.parts, self._quickest(choice)).seconds >= below:
             return
         for tiles in islice(self._combinations(choice), CHECKED):
             self.worked_out += 1
-            setting, found, excess = self.space.spared(_tiled(choice, tiles))
+            setting, found, excess = spared(self.space, _tiled(choice, tiles))
             if found.seconds < below and excess <= 0:
                 yield found.seconds, setting
+
+    def _quickest(self, choice: Choice) -> Choice:
+        """With the fastest tiles of all."""
+        options = (self.space.options(phase, choice.images_together) for phase in PHASES)
+        found = (found for each in options for found in each.values())
+        return _tiled(choice, {k: v for each in found for k, v in each[0].tiles.items()})
 
     def _combinations(self, choice: Choice) -> Iterator[Mapping[str, int]]:
         return self._on_cpu(choice) if self.problem.on_cpu else self._on_card(choice)
 
     def _on_cpu(self, choice: Choice) -> Iterator[Mapping[str, int]]:
         problem = self.problem
-        kinds = kinds_of(problem, choice.tiles, self.space.phases(choice))
+        kinds = kinds_of(problem, choice.tiles, phases(self.space, choice))
         tiled = {shape for kind in kinds for shapes in kind.shapes for shape in shapes}
-        tiles = {key: value for kind in kinds for key, value in kind.options[0].tiles.items()}
-        start = choice.tiles.model_copy(update=tiles)
-        others = problem.gemm_shapes(start, choice.images_together) - tiled
+        quickest = self._quickest(choice).tiles
+        others = problem.gemm_shapes(quickest, choice.images_together) - tiled
         context = problem.context_bytes(others) + problem.profile.context_error_bytes
         return Combinations(problem, kinds, self.budget - context).fastest_first(OPENED)
 
@@ -68,7 +69,7 @@ class Refit:
         """Under each combination of blocks the fastest tiles for which the arena has room, the fastest of all first."""
         base = {
             kind: frame.base[kind]
-            for _, frame, options in self.space.phases(choice)
+            for _, frame, options in phases(self.space, choice)
             for kind in options
         }
         found: dict[tuple[int, ...], tuple[float, Mapping[str, int]]] = {}
@@ -89,21 +90,13 @@ class Refit:
     def _rooms(self, together: bool) -> list[tuple[int, Mapping[Kind, list[Option]]]]:
         """Of each combination of blocks beside the arena the bytes that it may have, and the options of each kind of step."""
         floor = Floor(self.problem)
-        kinds: dict[Kind, list[Class]] = {}
-        phases: list[tuple[Phase, Options]] = [
-            ("vision", self.space.vision[together]),
-            ("prefill", self.space.prefill),
-        ]
-        for phase, options in phases:
-            groups = self.space.parts.groups(together) if phase == "vision" else [()]
-            for kind, found in options.items():
-                classes: dict[tuple[tuple[Outside, ...], ...], Class] = {}
-                for option in found:
-                    blocks = self.space.blocks(kind, phase, option, groups)
-                    if blocks not in classes:
-                        classes[blocks] = floor.taken(0, option.outside, blocks), []
-                    classes[blocks][1].append(option)
-                kinds[kind] = list(classes.values())
+        kinds = {
+            kind: [
+                (floor.taken(0, options[0].outside, blocks), options) for blocks, options in found
+            ]
+            for phase in PHASES
+            for kind, found in self.space.by_blocks(phase, together).items()
+        }
         rooms: list[tuple[int, Mapping[Kind, list[Option]]]] = []
         for combination in product(*kinds.values()):
             beside = floor.beside([taken for taken, _ in combination])

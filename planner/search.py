@@ -27,6 +27,7 @@ from planner.plan import Order, Plan
 from planner.problem import Problem, Request
 from planner.profile import DeviceProfile
 from planner.schedule import Choice
+from planner.setting import residents, spared
 from planner.space import Filling, Space
 from planner.stack import Decoding, Root
 from planner.units import format_gib
@@ -285,30 +286,22 @@ class _Queue:
         self.extend(self._settings(setting.filling, slower, setting.order))
 
     def _key(self, choice: Choice) -> tuple[object, ...]:
-        """Equal for settings whose residents are the same units."""
-        blocks = self.problem.model.vision.depth
-        totals = self.space.parts.totals(choice.tiles.vocabulary_rows)
-        return (
-            choice.order,
-            choice.images_together,
-            choice.depth,
-            *choice.vision.positions((blocks, blocks)),
-            *choice.prefill.positions(totals, choice.decode),
-            *choice.decode.positions(totals),
-            choice.tiles,
-            choice.spare_bytes,
-        )
+        """Equal for settings that run alike."""
+        return *residents(self.space, choice), choice.tiles, choice.spare_bytes
+
+    def _has_failed(self, choice: Choice) -> bool:
+        return bool(self.failed) and self._key(choice) in self.failed
 
     def _time(self, setting: Setting, spare_bytes: int) -> None:
         """Exact seconds, and bytes by the closed form."""
         choice = replace(self.space.choice(*setting), spare_bytes=spare_bytes)
-        if self.failed and self._key(choice) in self.failed:
+        if self._has_failed(choice):
             if setting.order == "vision_then_llm":
                 self._slower(setting)
             return
-        choice, found, excess = self.space.spared(choice)
+        choice, found, excess = spared(self.space, choice)
         if excess <= 0:
-            if not (self.failed and self._key(choice) in self.failed):
+            if not self._has_failed(choice):
                 self.push(found.seconds, Timed(setting, choice))
             return
         if setting.order == "all_first":  # it holds what others do not

@@ -10,16 +10,14 @@ import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from planner.floor import Floor, Taken
-from planner.fronts import Options
-from planner.parts import Frame, plain_bytes
-from planner.plan import Outside, Phase
+from planner.parts import Frame
+from planner.plan import Kind
 from planner.schedule import Choice
-
-if TYPE_CHECKING:
-    from planner.space import Space
+from planner.setting import phases, plain_bound
+from planner.space import Alike, Space
 
 
 class Tile(NamedTuple):
@@ -45,7 +43,7 @@ def in_order(space: Space, plain: Sequence[Choice]) -> Iterator[tuple[int, Choic
         if chosen:
             tiles = {key: value for tile in chosen for key, value in tile.tiles.items()}
             choice = replace(choice, tiles=choice.tiles.model_copy(update=tiles))
-            bound = space.footprint.bound(choice, *plain_bytes(space.parts, choice))
+            bound = plain_bound(space, choice)
             heapq.heappush(heap, (bound, seconds, number, choice, ()))
         else:
             yield bound, choice
@@ -53,25 +51,23 @@ def in_order(space: Space, plain: Sequence[Choice]) -> Iterator[tuple[int, Choic
 
 def combinations(space: Space, floor: Floor, choice: Choice) -> Iterator[Sequence[Tile]]:
     """One tile of each kind of step; those that differ in blocks, and what the steps without tiles to choose hold."""
-    phases = space.phases(choice)
-    base = max(held for _, frame, _ in phases for held in frame.base.values())
+    parts = phases(space, choice)
+    base = max(held for _, frame, _ in parts for held in frame.base.values())
     lists = [[Tile({}, 0.0, Taken(base, 0, 0, 0, 0))]]
-    for phase, frame, options in phases:
-        lists += _lists(space, floor, choice, phase, frame, options)
+    for phase, frame, options in parts:
+        if options:
+            lists += _lists(space, floor, frame, space.by_blocks(phase, choice.images_together))
     return product(*lists)
 
 
 def _lists(
-    space: Space, floor: Floor, choice: Choice, phase: Phase, frame: Frame, options: Options
+    space: Space, floor: Floor, frame: Frame, kinds: Mapping[Kind, Sequence[Alike]]
 ) -> Iterator[list[Tile]]:
     """Of each kind of step its tiles that differ in blocks."""
-    groups = space.parts.groups(choice.images_together) if phase == "vision" else [()]
-    for kind, found in options.items():
-        least: dict[tuple[tuple[Outside, ...], ...], Tile] = {}
-        for option in sorted(found, key=lambda o: o.bytes):
-            blocks = space.blocks(kind, phase, option, groups)
-            if blocks not in least:
-                live = frame.base[kind] + option.bytes
-                taken = floor.taken(live, option.outside, blocks)
-                least[blocks] = Tile(option.tiles, option.seconds, taken)
-        yield list(least.values())
+    for kind, found in kinds.items():
+        tiles = []
+        for blocks, options in found:
+            option = min(options, key=lambda o: o.bytes)
+            taken = floor.taken(frame.base[kind] + option.bytes, option.outside, blocks)
+            tiles.append(Tile(option.tiles, option.seconds, taken))
+        yield tiles

@@ -6,18 +6,15 @@ import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from operator import itemgetter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from planner.fronts import START, Option, Options, Still, fastest_held, products
-from planner.parts import plain_bytes
 from planner.plan import Kind
 from planner.problem import Problem
 from planner.schedule import Choice
-
-if TYPE_CHECKING:
-    from planner.space import Space
-
-Shapes = frozenset[tuple[int, int, int]]
+from planner.setting import phases, plain_bound
+from planner.space import Space
+from planner.tiles_cpu import Shapes, held_with
 
 
 class _Kind(NamedTuple):
@@ -45,10 +42,10 @@ def in_order(space: Space, plain: Sequence[Choice]) -> Iterator[tuple[int, Choic
 
 
 def _in_order(space: Space, plain: Choice) -> Iterator[tuple[int, Choice]]:
-    phases = [(frame.still, options) for _, frame, options in space.phases(plain) if options]
-    for tiles in _combinations(space.problem, phases):
+    parts = [(frame.still, options) for _, frame, options in phases(space, plain) if options]
+    for tiles in _combinations(space.problem, parts):
         choice = replace(plain, tiles=plain.tiles.model_copy(update=tiles))
-        yield space.footprint.bound(choice, *plain_bytes(space.parts, choice)), choice
+        yield plain_bound(space, choice), choice
 
 
 def _combinations(
@@ -78,7 +75,7 @@ def _combinations(
             shapes = node.shapes | own.shapes[number]
             key = place, shapes
             if key not in rests:
-                rests[key] = _kept(problem, shapes) + _rest(problem, kinds[place + 1 :], shapes)
+                rests[key] = problem.kept_for(shapes) + _rest(problem, kinds[place + 1 :], shapes)
             bound = peak + rests[key]
             pushed += 1
             heapq.heappush(heap, _Node(bound, pushed, chosen, peak, shapes))
@@ -95,7 +92,7 @@ def _kinds(problem: Problem, phases: Sequence[tuple[Still, Options]]) -> list[_K
     kinds = []
     for kind, part, mine, shapes in found:
         shares = any(widths[kind] & widths[other] for other in widths if other != kind)
-        least = min(_kept(problem, each) for each in shapes)
+        least = min(problem.kept_for(each) for each in shapes)
         kinds.append(_Kind(kind, part, mine, shapes, shares, least))
     return sorted(kinds, key=lambda kind: not kind.shares)
 
@@ -104,15 +101,13 @@ def _products(problem: Problem, kind: Kind, option: Option) -> Shapes:
     return products(problem, kind, START.model_copy(update=dict(option.tiles)))
 
 
-def _kept(problem: Problem, shapes: Shapes) -> int:
-    return sum(map(problem.kept_bytes, shapes))
-
-
 def _rest(problem: Problem, kinds: Sequence[_Kind], shapes: Shapes) -> int:
     """What is kept at least for the products of kinds to come; of those that share products only the most counts."""
     alone = sum(kind.least for kind in kinds if not kind.shares)
     shared = [
-        min(_kept(problem, each - shapes) for each in kind.shapes) for kind in kinds if kind.shares
+        min(problem.kept_for(each - shapes) for each in kind.shapes)
+        for kind in kinds
+        if kind.shares
     ]
     return alone + max(shared, default=0)
 
@@ -144,16 +139,9 @@ def _floor(phases: Sequence[tuple[Still, Options]]) -> int:
 def _peak(kinds: Sequence[_Kind], chosen: Sequence[int], still: Still) -> int:
     """The most held at the steps of the last kind and of those before it that are chosen."""
     last = kinds[len(chosen) - 1]
-    mine = last.options[chosen[-1]]
-    most = 0
-    for kind, number in zip(kinds, chosen, strict=False):
-        if kind.part != last.part:
-            continue
-        other = kind.options[number]
-        pairs = ((kind.kind, other, last.kind, mine), (last.kind, mine, kind.kind, other))
-        for before, written, after, taking in pairs:
-            for images, size in taking.blocks.items():
-                held = still.get((before, after, images))
-                if held is not None:
-                    most = max(most, held + written.bytes + size)
-    return most
+    mine = last.kind, last.options[chosen[-1]]
+    return max(
+        held_with(still, (kind.kind, kind.options[number]), mine)
+        for kind, number in zip(kinds, chosen, strict=False)
+        if kind.part == last.part
+    )

@@ -11,8 +11,8 @@ has worked out in full is the fastest.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
 from operator import le
@@ -32,7 +32,7 @@ from planner.fronts import (
     prefill_options,
     vision_options,
 )
-from planner.parts import Frame, Parts, Worked, both, early_starts, plain_bytes, worked
+from planner.parts import Frame, Parts, both, early_starts
 from planner.plan import Kind, Order, Outside, Phase
 from planner.problem import Problem
 from planner.queues import Beside, line
@@ -42,6 +42,10 @@ from planner.stack import TALL, UNLIMITED, Decoding, Root, Stack, head_tiles, re
 ANCHORS: tuple[Anchor, ...] = ("late", "early", "middle")
 DEPTHS = (1, 2, 3)
 VISION_SHARES = 2  # residents of the vision tower are counted in halves of it
+
+
+Blocks = tuple[tuple[Outside, ...], ...]  # outside the arena, of each group of images
+Alike = tuple[Blocks, list[Option]]  # options with equal blocks, the fastest first
 
 
 class Filling(NamedTuple):
@@ -117,6 +121,7 @@ class Space:
         self.tower_held = lru_cache(maxsize=None)(self._tower_held)
         self.text_peaks = lru_cache(maxsize=4096)(self._text_peaks)
         self.loaded = lru_cache(maxsize=None)(self._loaded)
+        self.by_blocks = lru_cache(maxsize=None)(self._by_blocks)
         layers = problem.model.text.layers
         # as many slots as units of a class may stage all of them
         self.short = layers <= max(DEPTHS)
@@ -131,6 +136,12 @@ class Space:
         for anchor in self.anchors:
             ways.setdefault((spread(attn, among[0], anchor), spread(mlp, among[1], anchor)), anchor)
         return list(ways.values())
+
+    def options(self, phase: Phase, together: bool) -> Options:
+        """The tiles of a phase, of each kind of step that has some to choose."""
+        if phase == "decode":
+            return {}
+        return self.vision[together] if phase == "vision" else self.prefill
 
     def copied(self, size_bytes: float, *, first: bool) -> float:
         """At least so many seconds does a copy of so many bytes take."""
@@ -606,45 +617,18 @@ class Space:
         frame = self.parts.vision(tower.together, tower.residency, depth, True)
         return self.parts.held("vision", frame, START.model_copy(update=tower.tiles))
 
-    def phases(self, choice: Choice) -> list[tuple[Phase, Frame, Options]]:
-        """Parts of a setting, with what tiles they may have."""
-        parts, rows = self.parts, choice.tiles.vocabulary_rows
-        first = choice.order == "all_first"
-        vision = parts.vision(choice.images_together, choice.vision, choice.depth, first)
-        prefill = parts.prefill(choice.prefill, choice.decode, choice.depth, rows)
-        found: list[tuple[Phase, Frame, Options]] = [
-            ("vision", vision, self.vision[choice.images_together]),
-            ("prefill", prefill, self.prefill),
-        ]
-        if self.repeats:
-            decode = parts.decode(choice.decode, choice.prefill, choice.depth, rows)
-            found.append(("decode", decode, {}))
+    def _by_blocks(self, phase: Phase, together: bool) -> dict[Kind, list[Alike]]:
+        """Of each kind of step of vision or prefill its options, together where their blocks outside the arena are equal."""
+        groups = self.parts.groups(together) if phase == "vision" else [()]
+        found: dict[Kind, list[Alike]] = {}
+        for kind, options in self.options(phase, together).items():
+            alike: dict[Blocks, list[Option]] = {}
+            for option in options:
+                tiles = START.model_copy(update=dict(option.tiles))
+                blocks = tuple(self.problem.outside(kind, phase, tiles, group) for group in groups)
+                alike.setdefault(blocks, []).append(option)
+            found[kind] = list(alike.items())
         return found
-
-    def spared(self, choice: Choice) -> tuple[Choice, Worked, int]:
-        """The setting, worked out, and bytes beyond the budget by the closed form. Under `prefetch`, where it would fit in the plain order, with so much less arriving early that it fits."""
-        more, before = 0, None
-        while True:
-            found = worked(self.parts, choice)
-            excess = self.excess(choice, found.live, found.held)
-            plain = choice.order == "prefetch" and excess > 0
-            if not plain or self.excess(choice, *plain_bytes(self.parts, choice)) > 0:
-                return choice, found, excess
-            # too much beside the steps of the vision tower: let so much less arrive early, or twice what changed nothing
-            more = 2 * more if found == before else excess
-            choice, before = replace(choice, spare_bytes=choice.spare_bytes + more), found
-
-    def excess(self, choice: Choice, live: int, held: int) -> int:
-        """Bytes beyond the budget by the closed form."""
-        budget = self.problem.request.budget_bytes
-        return 0 if budget is None else self.footprint.bound(choice, live, held) - budget
-
-    def blocks(
-        self, kind: Kind, phase: Phase, option: Option, groups: Sequence[tuple[int, ...]]
-    ) -> tuple[tuple[Outside, ...], ...]:
-        """Blocks outside the arena of a kind's steps with these tiles, for each group of images."""
-        tiles = START.model_copy(update=dict(option.tiles))
-        return tuple(self.problem.outside(kind, phase, tiles, group) for group in groups)
 
     def choice(self, filling: Filling, number: int, order: Order) -> Choice:
         """Every lever set."""

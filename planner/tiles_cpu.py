@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from planner.fronts import START, Option, Options
+from planner.fronts import START, Option, Options, Still
 from planner.parts import Frame
 from planner.plan import Kind, Phase, Tiles
 from planner.problem import Problem
 from planner.workspace import gemm_shapes
 
 Shapes = frozenset[tuple[int, int, int]]
-MORE_COMPLETE = 2**40
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +32,13 @@ class TiledKind:
 
 
 class _Node(NamedTuple):
-    """Tiles of the first kinds, and of the others those that may go with them. `seconds`: no combination with these is faster."""
+    """Tiles of the first kinds, and of the others those that may go with them. `seconds`: no combination with these is faster.
+
+    Of equally fast ones the most complete comes first, then the latest.
+    """
 
     seconds: float
+    missing: int
     number: int
     chosen: tuple[int, ...]
     peak: int
@@ -88,7 +91,7 @@ class Combinations:
             any(mine & other for n, other in enumerate(widths) if n != number)
             for number, mine in enumerate(widths)
         ]
-        self.kept = lru_cache(maxsize=None)(self._kept)
+        self.kept = lru_cache(maxsize=None)(problem.kept_for)
         self.pair = lru_cache(maxsize=None)(self._pair)
         self.heap: list[_Node] = []
         self.pushed = 0
@@ -143,36 +146,30 @@ class Combinations:
             seconds += self.kinds[other].options[mine[0]].seconds
             going.append(mine)
         self.pushed += 1
-        number = -self.pushed - place * MORE_COMPLETE  # of equally fast ones
-        heapq.heappush(self.heap, _Node(seconds, number, chosen, peak, shapes, tuple(going)))
+        node = _Node(seconds, len(going), -self.pushed, chosen, peak, shapes, tuple(going))
+        heapq.heappush(self.heap, node)
 
     def _beside(self, chosen: tuple[int, ...], other: int, number: int) -> int:
         """The most held at steps of another kind with these tiles; pages of the last that was chosen count."""
         own = self.pair(other, number, other, number)
         return max(own, self.pair(len(chosen) - 1, chosen[-1], other, number)) if chosen else own
 
-    def _kept(self, shapes: Shapes) -> int:
-        return sum(map(self.problem.kept_bytes, shapes))
-
     def _pair(self, one: int, number: int, other: int, second: int) -> int:
         """The most held at a step of one of two kinds while pages of the other are there."""
         a, b = self.kinds[one], self.kinds[other]
         if a.frame is not b.frame:
             return 0
-        mine, theirs = a.options[number], b.options[second]
-        return max(
-            _held(a.frame, a.kind, mine, b.kind, theirs),
-            _held(a.frame, b.kind, theirs, a.kind, mine),
-        )
+        return held_with(a.frame.still, (a.kind, a.options[number]), (b.kind, b.options[second]))
 
 
-def _held(frame: Frame, before: Kind, written: Option, kind: Kind, taking: Option) -> int:
-    """The most held at a step of a kind beside what one before has written."""
+def held_with(still: Still, one: tuple[Kind, Option], other: tuple[Kind, Option]) -> int:
+    """The most held at a step of one of two kinds beside what one of the other has written before."""
     return max(
         (
-            frame.still[before, kind, images] + written.bytes + size
+            still[before, kind, images] + written.bytes + size
+            for (before, written), (kind, taking) in ((one, other), (other, one))
             for images, size in taking.blocks.items()
-            if (before, kind, images) in frame.still
+            if (before, kind, images) in still
         ),
         default=0,
     )

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import inf
 from typing import NamedTuple
 
 from planner.plan import Copy, Plan, Step
-from planner.queues import APART, Beside, Job
+from planner.queues import APART, Beside, Job, walked
 
 ITERATIONS = 3  # of decode: the first, and two more for the period of a steady one
 
@@ -44,44 +43,6 @@ class Gantt:
         return first, second
 
 
-class _Walk:
-    """Both queues, walked from event to event; `compute` and `copies` are (start, end) of what ran.
-
-    While both run, each is as slow as `beside` says. A copy once begun goes on, and so does a step.
-    """
-
-    def __init__(self, seconds: Sequence[float], jobs: Sequence[Job], beside: Beside) -> None:
-        self.compute: list[tuple[float, float]] = []
-        self.copies: list[tuple[float, float]] = []
-        needed = [0] * len(seconds)  # how many jobs must have ended before each step
-        for number, job in enumerate(jobs):
-            needed[job.need] = number + 1
-        now, left = 0.0, [job.seconds for job in jobs]
-        begun: float | None = None  # when the copy that runs began
-        for index, rest in enumerate(seconds):
-            start: float | None = None
-            while start is None or rest > 0:
-                landed = len(self.copies)
-                copies = landed < len(jobs) and jobs[landed].after < index
-                computes = landed >= needed[index]
-                assert copies or computes, f"step {index} waits for a copy that waits for it"
-                slow = beside if copies and computes else APART
-                compute_s = rest / slow.compute if computes else inf
-                copy_s = left[landed] / slow.copy if copies else inf
-                passed = min(compute_s, copy_s)
-                if computes:
-                    start = now if start is None else start
-                    rest = rest - passed * slow.compute if passed < compute_s else 0.0
-                if copies:
-                    begun = now if begun is None else begun
-                    left[landed] -= passed * slow.copy
-                    if passed == copy_s:
-                        self.copies.append((begun, now + passed))
-                        begun = None
-                now += passed
-            self.compute.append((start, now))
-
-
 def gantt(plan: Plan, beside: Beside = APART) -> Gantt:
     """The two queues and the bytes of a plan over its predicted seconds; `beside`: how fast each queue is while both run."""
     loop = [step for step in plan.steps if step.phase == "decode"]
@@ -90,16 +51,16 @@ def gantt(plan: Plan, beside: Beside = APART) -> Gantt:
     iterations = min(ITERATIONS + 1, plan.decode_repeats) if loop else 0
     seconds = [step.seconds for step in [*plan.steps[:first], *loop * iterations]]
     jobs, once = _jobs(plan, first, iterations)
-    walk = _Walk(seconds, jobs, beside)
+    compute, copies = _spans(seconds, jobs, beside)
     # where all weights come first, the phases begin when they have landed
-    loaded = walk.compute[0][0] if plan.levers.order == "all_first" else 0.0
+    loaded = compute[0][0] if plan.levers.order == "all_first" else 0.0
     marks = {"load": (0.0, loaded)}
-    for step, (_, end) in zip(plan.steps[:first], walk.compute, strict=False):
+    for step, (_, end) in zip(plan.steps[:first], compute, strict=False):
         start, _ = marks.get(step.phase, (max(stop for _, stop in marks.values()), 0.0))
         marks[step.phase] = (start, end)
-    rows = [[Span(start, stop, 1.0) for start, stop in row] for row in (walk.compute, walk.copies)]
+    rows = [[Span(start, stop, 1.0) for start, stop in row] for row in (compute, copies)]
     if iterations:
-        ends = [walk.compute[first - 1 + number * len(loop)][1] for number in range(iterations + 1)]
+        ends = [compute[first - 1 + number * len(loop)][1] for number in range(iterations + 1)]
         ends = ends[: ITERATIONS + 1]
         before, last = ends[-2], ends[-1]
         moved = sum(job.seconds for job in jobs[once:]) / max(1, iterations - 1)
@@ -112,7 +73,25 @@ def gantt(plan: Plan, beside: Beside = APART) -> Gantt:
             del row[drawn:]
             if plan.decode_repeats > 1:
                 row.append(Span(ends[1], stop, min(1.0, share / period)))
-    return _stretched(plan, marks, rows, [end for _, end in walk.compute[:first]])
+    return _stretched(plan, marks, rows, [end for _, end in compute[:first]])
+
+
+def _spans(
+    seconds: Sequence[float], jobs: Sequence[Job], beside: Beside
+) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """When each step begins and ends, and each copy that lands by then."""
+    ends, lands = walked(seconds, jobs, beside)
+    copies: list[tuple[float, float]] = []
+    landed = [0.0] * len(seconds)  # when what a step waits for is there
+    before = 0.0
+    for job, land in zip(jobs, lands, strict=False):
+        copies.append((max(before, ends[job.after] if job.after >= 0 else 0.0), land))
+        landed[job.need] = before = land
+    compute = [
+        (max(start, there), end)
+        for start, there, end in zip([0.0, *ends], landed, ends, strict=False)
+    ]
+    return compute, copies
 
 
 def _jobs(plan: Plan, first: int, iterations: int) -> tuple[list[Job], int]:

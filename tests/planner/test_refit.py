@@ -16,6 +16,7 @@ from planner.fronts import Option
 from planner.problem import Problem
 from planner.refit import CHECKED, Refit
 from planner.search import search
+from planner.setting import spared
 from planner.space import Space
 
 NEAR = [1.001, 1.004]  # budgets, in proportion to the smallest
@@ -56,11 +57,11 @@ def test_with_the_first_tiles_a_setting_fits_and_with_faster_ones_it_does_not(
     space, least = near(optimality, seed, more)
     choice = least.choice
     found = next(Refit(space).fitting(choice, float("inf")))
-    assert space.spared(found[1])[2] <= 0
+    assert spared(space, found[1])[2] <= 0
     options = [*space.vision[choice.images_together].values(), *space.prefill.values()]
     for tiles in islice(faster(options, found[1].tiles.model_dump()), 400):
         setting = replace(choice, tiles=choice.tiles.model_copy(update=tiles))
-        assert space.spared(setting)[2] > 0, tiles
+        assert spared(space, setting)[2] > 0, tiles
 
 
 @pytest.mark.parametrize("seed", [1072, 1080, 1090, 1102, 1132])

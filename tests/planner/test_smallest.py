@@ -14,10 +14,10 @@ from planner import smallest_card
 from planner.certificate import least_plan, streamed
 from planner.errors import BudgetTooSmall
 from planner.floor import Floor
-from planner.parts import plain_bytes
 from planner.problem import Problem
 from planner.profile import load_profile
 from planner.search import Request, search
+from planner.setting import plain_bound
 from planner.space import Space
 from planner.units import MIB
 
@@ -110,7 +110,7 @@ def test_no_tiles_need_less_than_the_floor_by_which_settings_are_ordered(
         for chosen in draw.sample(list(smallest_card.combinations(space, floor, choice)), 25):
             tiles = {key: value for tile in chosen for key, value in tile.tiles.items()}
             setting = replace(choice, tiles=choice.tiles.model_copy(update=tiles))
-            needed = space.footprint.bound(setting, *plain_bytes(space.parts, setting))
+            needed = plain_bound(space, setting)
             least = floor.bytes([tile.taken for tile in chosen])
             assert least <= needed
             met += least == needed
