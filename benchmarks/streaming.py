@@ -7,7 +7,8 @@ place alone, so that later copies cost nothing (compute alone: the phase's secon
 no step run (reading alone: the measured read rate). Each phase must take at most 1.15 times the longer of the last two, and
 its start-up, which is the time until its first weights are there.
 With --cold what was read is dropped from the page cache at once (`posix_fadvise`), so that all of it comes from the disk,
-in each iteration of decode anew. Exit code 1 where a phase takes longer.
+in each iteration of decode anew. With OMP_NUM_THREADS one less than there are cores, the reader has a core of its own, as it has beside
+a card. Exit code 1 where a phase takes longer.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from executor.files import Files
 from executor.run import Request, run
 from executor.weights import Reader
 from planner.checkpoint.spec import Checkpoint, read_checkpoint
-from planner.plan import Plan, Tiles
+from planner.plan import Plan
+from planner.plan.tiles import Tiles
 from planner.profile import load_profile
 from planner.schedule import Choice, PhaseResidency
 from planner.search import Request as PlanRequest
@@ -104,8 +106,8 @@ def main() -> int:
                 tokenizer=checkpoint.tokenizer_json,
                 stop=(),
             )
-            if not options.cold:
-                warm(checkpoint)
+            # how quickly it is read from the page cache depends on how it came there
+            drop_all(checkpoint)
             worst = max(worst, _table(size, plan, request, checkpoint, options))
     return int(worst > MOST)
 
@@ -123,8 +125,9 @@ def _table(
         for way, sink in found.items():
             device = Cold() if options.cold else CpuDevice()
             if options.cold:
-                for path in {place.path for place in checkpoint.tensors.values()}:
-                    drop(path, 0, 0)
+                drop_all(checkpoint)
+            else:
+                warm(checkpoint)
             if way == "reading":
                 sink.append(_read(plan, request, device))
             else:
@@ -220,13 +223,18 @@ def _plan(checkpoint: Checkpoint, image: Path, depth: int, tokens: int) -> Plan:
 
 
 def warm(checkpoint: Checkpoint) -> None:
-    """Read the checkpoint into the page cache anew: how quickly it is read from there depends on how it came there."""
+    """Read into the page cache what is no longer there: a virtual machine's host may take it back within a minute."""
     for path in {place.path for place in checkpoint.tensors.values()}:
-        drop(path, 0, 0)
         with path.open("rb", buffering=0) as file:
             piece = bytearray(8 * MIB)
             while file.readinto(piece):
                 pass
+
+
+def drop_all(checkpoint: Checkpoint) -> None:
+    """Take the checkpoint out of the page cache."""
+    for path in {place.path for place in checkpoint.tensors.values()}:
+        drop(path, 0, 0)
 
 
 def drop(path: Path, offset_bytes: int, size_bytes: int) -> None:
