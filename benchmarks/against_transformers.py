@@ -24,7 +24,7 @@ from pathlib import Path
 from PIL import Image
 
 from planner.checkpoint.spec import read_checkpoint
-from planner.plan import TokenIds
+from planner.plan.shapes import TokenIds
 from planner.profile import load_profile
 from planner.schedule import Choice, PhaseResidency
 from planner.search import Request, build, search

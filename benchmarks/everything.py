@@ -25,7 +25,9 @@ from planner.evaluate import card_bound
 from planner.footprint import SMALL_BYTES, STEP_BYTES
 from planner.fronts import START, Option, Options
 from planner.parts import Bare, Frame, both, early_starts
-from planner.plan import Kind, Order, Outside, Phase, Tiles
+from planner.plan.program import Outside
+from planner.plan.tiles import Tiles
+from planner.plan.words import Kind, Order, Phase
 from planner.problem import Problem
 from planner.queues import Job
 from planner.schedule import Choice, PhaseResidency

@@ -24,7 +24,7 @@ from everything import EQUAL, Everything
 from planner.certificate import least_plan
 from planner.checkpoint.spec import Checkpoint
 from planner.checkpoint.template import template
-from planner.plan import ModelShape, TextShape, TokenIds, VisionShape
+from planner.plan.shapes import ModelShape, TextShape, TokenIds, VisionShape
 from planner.problem import Problem, Request
 from planner.profile import DeviceProfile, load_profile
 from planner.search import search, usual_way

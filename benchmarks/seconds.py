@@ -31,7 +31,8 @@ from PIL import Image
 
 from planner.checkpoint.spec import Checkpoint, read_checkpoint
 from planner.errors import BudgetTooSmall
-from planner.plan import Plan, Tiles
+from planner.plan import Plan
+from planner.plan.tiles import Tiles
 from planner.profile import DeviceProfile, load_profile
 from planner.schedule import Choice, PhaseResidency
 from planner.search import Request, build, search

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from executor.device import Device, Range
 from planner.errors import PlanFileError, RunFailed
-from planner.plan import DTYPE_BYTES, Buffer, Plan, Step
+from planner.plan import Plan
+from planner.plan.program import Buffer, Step
+from planner.plan.words import DTYPE_BYTES
 from planner.units import KIB, MIB, format_gib
 
 TORCH_DTYPES: dict[str, torch.dtype] = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from planner.errors import KernelRefused
-from planner.plan import Kernel
+from planner.plan.words import Kernel
 
 Attended = tuple[Tensor, Tensor]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from executor.files import Files
 from planner.errors import CheckpointError
-from planner.plan import ModelShape, TensorLocation
+from planner.plan.shapes import ModelShape, TensorLocation
 
 MOST = torch.finfo(torch.float16).max
 # values at once: up to so many torch stays in the calling thread (at::internal::GRAIN_SIZE), so that the reader's own

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from planner.errors import PlanFileError
-from planner.plan import Image, ModelShape, Plan
+from planner.plan import Plan
+from planner.plan.shapes import Image, ModelShape
 
 MOST_TOKENS = 2**24
 MOST_PIXELS = 2**31

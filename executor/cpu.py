@@ -18,7 +18,7 @@ from executor.device import Chunk, Mark, Range
 from executor.files import Files
 from executor.host_tier import HostTier, Move
 from planner.errors import OutOfMemory
-from planner.plan import HostUnit
+from planner.plan.program import HostUnit
 from planner.units import MIB, format_gib
 
 # room under RLIMIT_DATA for what is mapped but never touched: the reader's stack and malloc's arena

@@ -18,7 +18,7 @@ from executor.files import Files
 
 if TYPE_CHECKING:
     from executor.host_tier import HostTier, Move
-    from planner.plan import HostUnit
+    from planner.plan.program import HostUnit
 
 Mark = Any  # None, or a torch.cuda.Event
 Tick = Any  # seconds as float, or a torch.cuda.Event

@@ -8,7 +8,8 @@ import torch
 
 from executor.arena import Arena
 from planner.errors import NotFinite
-from planner.plan import Plan, Step
+from planner.plan import Plan
+from planner.plan.program import Step
 
 
 def check_finite(plan: Plan, step: Step, arena: Arena, *, prompt_tokens: int) -> None:

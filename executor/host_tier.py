@@ -10,7 +10,7 @@ from torch import Tensor
 from executor.device import Chunk, Range
 from executor.files import Files
 from planner.errors import OutOfMemory
-from planner.plan import HostUnit
+from planner.plan.program import HostUnit
 from planner.units import MIB, format_gib
 
 # a power of two, as the pinned allocator rounds up to one; a unit may lie across pieces

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from planner.errors import ImageError, PlanFileError
-from planner.plan import Image
+from planner.plan.shapes import Image
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage

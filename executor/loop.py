@@ -27,7 +27,9 @@ from executor.prepare import (
 from executor.prompt import Detokenizer
 from executor.record import Recorder
 from executor.weights import Reader
-from planner.plan import Phase, Plan, Step
+from planner.plan import Plan
+from planner.plan.program import Step
+from planner.plan.words import Phase
 
 
 class AnswerText:

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from planner.plan import Kernel
+from planner.plan.words import Kernel
 
 Tile = TypeVar("Tile")
 

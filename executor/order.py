@@ -11,7 +11,8 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from planner.errors import PlanFileError
-from planner.plan import Buffer, Copy, Plan, Step
+from planner.plan import Plan
+from planner.plan.program import Buffer, Copy, Step
 
 UNROLLED = (
     3  # the first iteration, the first that follows a whole one, and one that follows such a one

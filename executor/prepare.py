@@ -36,7 +36,10 @@ from planner.errors import (
     OutOfMemory,
     PlanFileError,
 )
-from planner.plan import Image, Kernel, Phase, Plan, Step, TensorLocation, Unit
+from planner.plan import Plan
+from planner.plan.program import Step
+from planner.plan.shapes import Image, TensorLocation, Unit
+from planner.plan.words import Kernel, Phase
 from planner.units import MIB, format_gb_up, format_gib
 
 STEPS: dict[str, Callable[..., None]] = {

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.errors import CheckpointError, InputError
-from planner.plan import Image, TokenIds
+from planner.plan.shapes import Image, TokenIds
 
 # Qwen2.5-VL's chat template for one user turn; planner/workload.py counts the same pieces
 SYSTEM_TEXT = "system\nYou are a helpful assistant."

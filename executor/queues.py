@@ -20,7 +20,7 @@ from executor.device import Chunk, Mark
 from executor.files import Files, readers_beside_a_card
 from executor.host_tier import HOST_PIECE_BYTES, HostTier, Move
 from planner.errors import OutOfMemory
-from planner.plan import HostUnit
+from planner.plan.program import HostUnit
 from planner.units import MIB
 
 PIECE_BYTES = 64 * MIB  # a power of two: the pinned allocator rounds up to one

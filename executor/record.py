@@ -17,7 +17,8 @@ from executor import memory
 from executor.device import Device, Tick
 from executor.weights import CopyTiming
 from planner.errors import InputError
-from planner.plan import Frozen, Phase, write_text
+from planner.plan import write_text
+from planner.plan.words import Frozen, Phase
 
 RecordPhase = Literal["load", "vision", "prefill", "decode"]
 

@@ -11,14 +11,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from executor.device import Range
-from planner.plan import (
-    DTYPE_BYTES,
-    Plan,
-    first_of_prefill,
-    keeps_cache,
-    question_tile,
-    still_there,
-)
+from planner.plan import Plan
+from planner.plan.sessions import first_of_prefill, keeps_cache, still_there
+from planner.plan.tiles import question_tile
+from planner.plan.words import DTYPE_BYTES
 
 
 class Round(NamedTuple):

@@ -23,7 +23,10 @@ from executor.ops import (
     rms_norm,
     rotate,
 )
-from planner.plan import Kernel, ModelShape, Step, TextShape, Tiles, spans
+from planner.plan.program import Step
+from planner.plan.shapes import ModelShape, TextShape
+from planner.plan.tiles import Tiles, spans
+from planner.plan.words import Kernel
 
 Weights = Mapping[str, Tensor]
 Views = Mapping[str, Tensor]

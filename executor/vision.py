@@ -24,17 +24,10 @@ from executor.ops import (
     rms_norm,
     rotate_float32,
 )
-from planner.plan import (
-    Image,
-    Kernel,
-    ModelShape,
-    Step,
-    Tiles,
-    VisionShape,
-    WindowTile,
-    spans,
-    window_tiles,
-)
+from planner.plan.program import Step
+from planner.plan.shapes import Image, ModelShape, VisionShape
+from planner.plan.tiles import Tiles, WindowTile, spans, window_tiles
+from planner.plan.words import Kernel
 
 EPS = 1e-6  # transformers: Qwen2_5_VLVisionBlock, fixed there
 WINDOWS_PER_CALL = 16  # 4 to 16 windows a call took 21 ms where 42 and more took 31 (CPU, bf16)

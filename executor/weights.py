@@ -25,7 +25,9 @@ from executor.files import Files
 from executor.host_tier import HostTier
 from executor.threads import start_thread
 from planner.errors import CheckpointError, OutOfMemory, RunFailed, StowplanError
-from planner.plan import Buffer, Copy, Plan, Step, TensorLocation, Unit
+from planner.plan import Plan
+from planner.plan.program import Buffer, Copy, Step
+from planner.plan.shapes import TensorLocation, Unit
 from planner.units import MIB
 
 # one `preadv`; below 8 MiB the compute thread's Python slows down, as it takes the interpreter's lock in between

@@ -407,7 +407,7 @@ def units_target(place: Place) -> Target:
 def tokenizer_target(place: Place) -> Target:
     from executor.make_checkpoint import make_random_checkpoint
     from executor.prompt import build_prompt, load_tokenizer
-    from planner.plan import TokenIds
+    from planner.plan.shapes import TokenIds
     from planner.workload import prompt_tokens
 
     make_random_checkpoint("tiny", place.path / "tiny")

@@ -6,17 +6,11 @@ from collections.abc import Iterable, Mapping
 
 from planner import workspace
 from planner.graph import Intervals
-from planner.plan import (
-    Copy,
-    Further,
-    Plan,
-    Step,
-    Tiles,
-    first_of_prefill,
-    keeps_cache,
-    question_tile,
-    still_there,
-)
+from planner.plan import Plan
+from planner.plan.prediction import Further
+from planner.plan.program import Copy, Step
+from planner.plan.sessions import first_of_prefill, keeps_cache, still_there
+from planner.plan.tiles import Tiles, question_tile
 from planner.problem import Problem
 from planner.queues import Job, line
 from planner.schedule import Program

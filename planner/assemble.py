@@ -12,22 +12,10 @@ from planner.evaluate import (
     priming_bytes,
     work_out,
 )
-from planner.plan import (
-    Buffer,
-    Copy,
-    DeviceTerms,
-    HostUnit,
-    Levers,
-    MemoryTerm,
-    Move,
-    PhasePrediction,
-    Plan,
-    Prediction,
-    Residency,
-    Step,
-    Unit,
-    Variant,
-)
+from planner.plan import DeviceTerms, Levers, Plan, Residency
+from planner.plan.prediction import MemoryTerm, Move, PhasePrediction, Prediction, Variant
+from planner.plan.program import Buffer, Copy, HostUnit, Step
+from planner.plan.shapes import Unit
 from planner.problem import Problem
 from planner.schedule import Choice, Program, resident_units
 

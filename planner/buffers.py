@@ -9,16 +9,10 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from planner.plan import (
-    DTYPE_BYTES,
-    Image,
-    Kind,
-    ModelShape,
-    Tiles,
-    View,
-    WindowRun,
-    window_tiles,
-)
+from planner.plan.program import View
+from planner.plan.shapes import Image, ModelShape, WindowRun
+from planner.plan.tiles import Tiles, window_tiles
+from planner.plan.words import DTYPE_BYTES, Kind
 
 ALIGNMENT = 512  # of buffers; views inside a buffer start at multiples of VIEW_ALIGNMENT
 VIEW_ALIGNMENT = 64

@@ -12,7 +12,9 @@ from functools import lru_cache
 
 from planner.buffers import text_scratch, vision_scratch
 from planner.kept_code import DESCRIPTOR_BYTES, kept_bytes
-from planner.plan import DTYPE_BYTES, Image, Kind, ModelShape, Tiles, spans, window_tiles
+from planner.plan.shapes import Image, ModelShape
+from planner.plan.tiles import Tiles, spans, window_tiles
+from planner.plan.words import DTYPE_BYTES, Kind
 from planner.rates import CACHE_BYTES, Kernels, Measured, seconds_at
 
 # the executor's own sub-tiles

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from planner.plan import DTYPE_BYTES, Buffer, Copy, PhasePrediction, Plan, Step
+from planner.plan import Plan
+from planner.plan.prediction import PhasePrediction
+from planner.plan.program import Buffer, Copy, Step
+from planner.plan.words import DTYPE_BYTES
 
 UNROLLED = 3
 

@@ -22,7 +22,7 @@ from planner.units import MIB, format_gib, parse_bytes
 
 if TYPE_CHECKING:
     from planner.checkpoint.spec import Checkpoint
-    from planner.plan import Workload
+    from planner.plan.shapes import Workload
     from planner.problem import Request
     from planner.profile import DeviceProfile
 

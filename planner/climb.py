@@ -14,7 +14,7 @@ from itertools import islice, product
 from operator import add
 
 from planner.evaluate import Evaluated
-from planner.plan import Order
+from planner.plan.words import Order
 from planner.refit import Refit
 from planner.schedule import Anchor, Choice, PhaseResidency
 from planner.setting import residents

@@ -13,7 +13,9 @@ from functools import lru_cache
 
 from planner.calls import Calls
 from planner.checkpoint.template import unit_sizes
-from planner.plan import DTYPE_BYTES, Image, Kind, ModelShape, Tiles, spans, window_tiles
+from planner.plan.shapes import Image, ModelShape
+from planner.plan.tiles import Tiles, spans, window_tiles
+from planner.plan.words import DTYPE_BYTES, Kind
 from planner.profile import DeviceProfile
 from planner.queues import APART, Beside
 

@@ -11,11 +11,8 @@ from planner import graph as graphs
 from planner.again import cache_kept
 from planner.graph import Intervals
 from planner.layout import Layout, place
-from planner.plan import (
-    DTYPE_BYTES,
-    HostBuffer,
-    Outside,
-)
+from planner.plan.program import HostBuffer, Outside
+from planner.plan.words import DTYPE_BYTES
 from planner.problem import Problem
 from planner.schedule import Choice, Program, program
 from planner.simulate import (

@@ -14,7 +14,8 @@ from planner.allocator.settings import SMALL_BYTES
 from planner.evaluate import card_base
 from planner.footprint import SMALL_BYTES as WHOLE_BYTES
 from planner.footprint import in_steps
-from planner.plan import Kept, Outside
+from planner.plan import Kept
+from planner.plan.program import Outside
 from planner.problem import Problem
 from planner.simulate import card_bytes
 from planner.workspace import doubled_bytes

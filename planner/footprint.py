@@ -8,7 +8,8 @@ from functools import cached_property, lru_cache
 from planner.evaluate import card_bound
 from planner.fronts import START, Options, products
 from planner.parts import Parts
-from planner.plan import Outside, Tiles
+from planner.plan.program import Outside
+from planner.plan.tiles import Tiles
 from planner.problem import Problem
 from planner.schedule import Choice
 from planner.units import MIB

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from planner.buffers import VISION_KINDS
-from planner.plan import Kind, Phase, Tiles
+from planner.plan.tiles import Tiles
+from planner.plan.words import Kind, Phase
 from planner.problem import Problem
 from planner.workspace import gemm_shapes
 

@@ -23,7 +23,7 @@ from bisect import bisect_left
 from functools import lru_cache
 from typing import NamedTuple
 
-from planner.plan import ModelShape
+from planner.plan.shapes import ModelShape
 from planner.units import KIB
 
 ONE_ROW = 584 * KIB  # a matrix-vector product: descriptors, and hardly any code

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from planner.evaluate import Evaluated, evaluate
-from planner.plan import Move, Tiles, Variant
+from planner.plan.prediction import Move, Variant
+from planner.plan.tiles import Tiles
 from planner.problem import Problem
 from planner.schedule import Choice, PhaseResidency
 from planner.variants import evaluate_ordered

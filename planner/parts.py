@@ -16,7 +16,8 @@ from operator import add, itemgetter
 from typing import NamedTuple
 
 from planner import buffers
-from planner.plan import Kind, Phase, Tiles
+from planner.plan.tiles import Tiles
+from planner.plan.words import Kind, Phase
 from planner.problem import Problem
 from planner.queues import Beside, Job, Loop, line, loop, queue
 from planner.schedule import LOOKAHEAD, Choice, PhaseResidency, pinned, refills

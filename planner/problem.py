@@ -13,17 +13,10 @@ from planner.checkpoint.spec import Checkpoint
 from planner.checkpoint.template import unit_sizes
 from planner.costs import Costs
 from planner.host_tier import capacity_bytes
-from planner.plan import (
-    DTYPE_BYTES,
-    Image,
-    Kernel,
-    Kind,
-    ModelShape,
-    Outside,
-    Phase,
-    Tiles,
-    Workload,
-)
+from planner.plan.program import Outside
+from planner.plan.shapes import Image, ModelShape, Workload
+from planner.plan.tiles import Tiles
+from planner.plan.words import DTYPE_BYTES, Kernel, Kind, Phase
 from planner.profile import DeviceProfile
 from planner.schedule import StepDraft
 from planner.workload import host_bytes

@@ -20,7 +20,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from planner.errors import InputError
-from planner.plan import DTYPE_BYTES, Frozen
+from planner.plan.words import DTYPE_BYTES, Frozen
 from planner.rates import PASSES as PASSES
 from planner.rates import Curve as Curve
 from planner.rates import Grid as Grid

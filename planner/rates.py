@@ -15,7 +15,7 @@ from typing import Annotated, get_args
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from planner.plan import Frozen, Kind
+from planner.plan.words import Frozen, Kind
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Curve = tuple[tuple[PositiveInt, PositiveFloat], ...]  # (size, seconds), sizes ascending

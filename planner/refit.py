@@ -12,7 +12,7 @@ from planner.floor import Floor
 from planner.footprint import SMALL_BYTES, STEP_BYTES
 from planner.fronts import Option
 from planner.parts import worked
-from planner.plan import Kind, Phase
+from planner.plan.words import Kind, Phase
 from planner.schedule import Choice
 from planner.setting import phases, spared
 from planner.space import Space

@@ -17,17 +17,10 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from planner import buffers
-from planner.plan import (
-    BufferKind,
-    Image,
-    Kind,
-    ModelShape,
-    Order,
-    Phase,
-    Tiles,
-    View,
-    Workload,
-)
+from planner.plan.program import BufferKind, View
+from planner.plan.shapes import Image, ModelShape, Workload
+from planner.plan.tiles import Tiles
+from planner.plan.words import Kind, Order, Phase
 
 Anchor = Literal["late", "early", "middle"]
 

@@ -23,7 +23,8 @@ from planner.errors import BudgetTooSmall
 from planner.evaluate import Evaluated, evaluate
 from planner.moves import moves, usual, usual_choice
 from planner.parts import plain_bytes
-from planner.plan import Order, Plan
+from planner.plan import Plan
+from planner.plan.words import Order
 from planner.problem import Problem, Request
 from planner.profile import DeviceProfile
 from planner.schedule import Choice

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from planner.fronts import Options
 from planner.parts import Frame, Worked, plain_bytes, worked
-from planner.plan import Phase
+from planner.plan.words import Phase
 from planner.schedule import Choice
 from planner.space import Space
 

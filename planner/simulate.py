@@ -10,7 +10,10 @@ from typing import NamedTuple
 
 from planner.allocator import Block, CachingAllocator, Settings, parse_settings
 from planner.graph import Intervals, start_index
-from planner.plan import DTYPE_BYTES, Kept, ModelShape, Outside, Phase, Workload
+from planner.plan import Kept
+from planner.plan.program import Outside
+from planner.plan.shapes import ModelShape, Workload
+from planner.plan.words import DTYPE_BYTES, Phase
 from planner.queues import APART, Beside, Job, line, loop, queue
 from planner.schedule import CopyDraft, Program
 from planner.workspace import peak_bytes

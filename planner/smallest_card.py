@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from planner.floor import Floor, Taken
 from planner.parts import Frame
-from planner.plan import Kind
+from planner.plan.words import Kind
 from planner.schedule import Choice
 from planner.setting import phases, plain_bound
 from planner.space import Alike, Space

@@ -9,7 +9,7 @@ from operator import itemgetter
 from typing import NamedTuple
 
 from planner.fronts import START, Option, Options, Still, fastest_held, products
-from planner.plan import Kind
+from planner.plan.words import Kind
 from planner.problem import Problem
 from planner.schedule import Choice
 from planner.setting import phases, plain_bound

@@ -33,7 +33,8 @@ from planner.fronts import (
     vision_options,
 )
 from planner.parts import Frame, Parts, both, early_starts
-from planner.plan import Kind, Order, Outside, Phase
+from planner.plan.program import Outside
+from planner.plan.words import Kind, Order, Phase
 from planner.problem import Problem
 from planner.queues import Beside, line
 from planner.schedule import Anchor, Choice, PhaseResidency, spread

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from planner import buffers
 from planner.fronts import START
-from planner.plan import Tiles
+from planner.plan.tiles import Tiles
 from planner.schedule import Anchor, PhaseResidency, spread
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from planner.fronts import START, Option, Options, Still
 from planner.parts import Frame
-from planner.plan import Kind, Phase, Tiles
+from planner.plan.tiles import Tiles
+from planner.plan.words import Kind, Phase
 from planner.problem import Problem
 from planner.workspace import gemm_shapes
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from planner.evaluate import Evaluated, evaluate, program_of
 from planner.graph import lifetimes_of, live_bytes
 from planner.parts import early_starts
-from planner.plan import Order, Variant
+from planner.plan.prediction import Variant
+from planner.plan.words import Order
 from planner.problem import Problem
 from planner.schedule import Choice, PhaseResidency
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.errors import CheckpointError, ImageError, InputError
-from planner.plan import Image, WindowRun, Workload
+from planner.plan.shapes import Image, WindowRun, Workload
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage

@@ -14,19 +14,11 @@ from math import ceil
 from typing import Literal, NamedTuple
 
 from planner.gemm_scratch import float16_scratch_bytes, scratch_bytes
-from planner.plan import (
-    DTYPE_BYTES,
-    Image,
-    Kept,
-    Kernel,
-    Kind,
-    ModelShape,
-    Outside,
-    Tiles,
-    WindowRun,
-    Workload,
-    window_tiles,
-)
+from planner.plan import Kept
+from planner.plan.program import Outside
+from planner.plan.shapes import Image, ModelShape, WindowRun, Workload
+from planner.plan.tiles import Tiles, window_tiles
+from planner.plan.words import DTYPE_BYTES, Kernel, Kind
 
 WINDOWS_PER_CALL = 16  # as executor/vision.py
 EMBEDDING_ROWS = 256  # as executor/weights.py: rows of the embedding table read at once

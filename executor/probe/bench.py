@@ -17,7 +17,7 @@ from torch import Tensor
 
 from executor import memory
 from planner.errors import RunFailed
-from planner.plan import Kernel
+from planner.plan.words import Kernel
 from planner.profile import Curve
 from planner.units import GIB, MIB
 

@@ -14,7 +14,7 @@ import torch
 
 from executor.probe.rates import Rates
 from planner.errors import InputError
-from planner.plan import Kernel
+from planner.plan.words import Kernel
 from planner.profile import DeviceProfile, Kernels, Measured, load_profile
 from planner.units import GIB, MIB
 

@@ -12,7 +12,7 @@ import torch
 
 from executor.image import PixelSource, open_image
 from executor.probe.bench import Bench, best
-from planner.plan import Image, WindowRun
+from planner.plan.shapes import Image, WindowRun
 
 
 def pixel_values_per_s(side_px: int) -> int:

@@ -24,7 +24,7 @@ from executor.attention import attend, attend_rows, merge
 from executor.generate import Sampling, generator, next_token, seen_mask
 from executor.ops import inverse_frequencies, linear, rms_norm, rotate, rotate_float32
 from executor.probe.bench import Bench
-from planner.plan import Kernel
+from planner.plan.words import Kernel
 from planner.profile import Curve, Grid, HeadDim, Kernels
 from planner.units import MIB
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, get_args
 from executor.probe.figures import measured_by
 from executor.record import Record
 from planner.errors import RunFailed
-from planner.plan import Kind, Plan, write_text
+from planner.plan import Plan, write_text
+from planner.plan.words import Kind
 from planner.profile import DeviceProfile, dumps
 
 PLAN = "import sys; sys.path[0] = sys.argv.pop(1); from planner.cli import main; sys.exit(main())"

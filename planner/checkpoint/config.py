@@ -16,7 +16,7 @@ from pathlib import Path
 
 from planner.checkpoint.headers import load_json, read_small, show
 from planner.errors import CheckpointError
-from planner.plan import TextShape, TokenIds, VisionShape
+from planner.plan.shapes import TextShape, TokenIds, VisionShape
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"

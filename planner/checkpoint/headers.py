@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from planner.errors import CheckpointError
-from planner.plan import DType, TensorLocation
+from planner.plan.shapes import TensorLocation
+from planner.plan.words import DType
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors: MAX_HEADER_SIZE
 MAX_RANK = 16  # far above any model's; keeps products of hostile shapes small

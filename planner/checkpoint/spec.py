@@ -33,7 +33,8 @@ from planner.checkpoint.headers import CheckpointTensors, read_checkpoint_tensor
 from planner.checkpoint.hub import cached_snapshot, download, is_hub_id
 from planner.checkpoint.template import EMBEDDING, LM_HEAD, template, unit_sizes, units
 from planner.errors import CheckpointError
-from planner.plan import DTYPE_BYTES, DType, Frozen, ModelShape, TensorLocation
+from planner.plan.shapes import ModelShape, TensorLocation
+from planner.plan.words import DTYPE_BYTES, DType, Frozen
 
 __all__ = [
     "BUILTIN",

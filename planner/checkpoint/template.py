@@ -10,7 +10,9 @@ from __future__ import annotations
 from functools import lru_cache
 
 from planner.buffers import round_up
-from planner.plan import DTYPE_BYTES, ModelShape, TextShape, Unit, UnitTensor, VisionShape, spans
+from planner.plan.shapes import ModelShape, TextShape, Unit, UnitTensor, VisionShape
+from planner.plan.tiles import spans
+from planner.plan.words import DTYPE_BYTES
 
 TENSOR_ALIGNMENT = 64
 UNIT_ALIGNMENT = 512

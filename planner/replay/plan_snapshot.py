@@ -15,7 +15,8 @@ from typing import Any
 from planner.allocator import Block, CachingAllocator, parse_settings
 from planner.allocator.heap import DEFAULT_POOL, Heap
 from planner.allocator.settings import Settings
-from planner.plan import Buffer, Outside, Plan
+from planner.plan import Plan
+from planner.plan.program import Buffer, Outside
 from planner.replay import snapshot_file
 from planner.replay.heap_snapshot import Stack, heap_snapshot
 from planner.replay.placed_run import take_at

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from planner.plan import Copy, Plan, Step
+from planner.plan import Plan
+from planner.plan.program import Copy, Step
 from planner.queues import APART, Beside, Job, walked
 
 ITERATIONS = 3  # of decode: the first, and two more for the period of a steady one

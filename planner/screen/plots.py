@@ -8,7 +8,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from planner.plan import Buffer, Plan, write_bytes
+from planner.files import write_bytes
+from planner.plan import Plan
+from planner.plan.program import Buffer
 from planner.units import GIB, format_gib
 
 if TYPE_CHECKING:

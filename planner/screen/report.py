@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from planner.lines import COLUMNS, wrapped
-from planner.plan import Levers, Plan, Workload
+from planner.plan import Levers, Plan
+from planner.plan.shapes import Workload
 from planner.queues import APART, Beside
 from planner.screen import tables
 from planner.units import format_gib, format_seconds

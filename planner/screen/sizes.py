@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from planner.checkpoint.spec import Checkpoint
-from planner.plan import Prediction
+from planner.plan.prediction import Prediction
 from planner.profile import DeviceProfile
 from planner.search import Request, search, usual_way
 from planner.workload import make_workload, parse_image

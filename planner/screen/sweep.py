@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
-from planner.plan import Frozen, Levers, Plan
+from planner.plan import Levers, Plan
+from planner.plan.words import Frozen
 from planner.problem import Problem, Request
 from planner.profile import DeviceProfile
 from planner.search import search

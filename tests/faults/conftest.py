@@ -30,7 +30,8 @@ from executor.run import run
 from planner import search, workload
 from planner.checkpoint import spec
 from planner.errors import StowplanError
-from planner.plan import Plan, TensorLocation
+from planner.plan import Plan
+from planner.plan.shapes import TensorLocation
 from planner.profile import load_profile
 from planner.schedule import Choice, PhaseResidency
 

@@ -23,7 +23,8 @@ from planner import search
 from planner.check import check
 from planner.checkpoint import spec
 from planner.dtype import in_dtype
-from planner.plan import Plan, Tiles
+from planner.plan import Plan
+from planner.plan.tiles import Tiles
 from planner.profile import load_profile
 from planner.workload import make_workload, parse_image
 

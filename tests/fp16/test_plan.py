@@ -16,7 +16,8 @@ from planner.checkpoint.template import unit_sizes
 from planner.costs import Costs
 from planner.dtype import in_dtype
 from planner.errors import CheckpointError, InputError
-from planner.plan import DTYPE_BYTES, Plan, digest
+from planner.plan import Plan, digest
+from planner.plan.words import DTYPE_BYTES
 from planner.profile import load_profile
 
 OLD, NEW = "t4-16gb", "rtx-5080-16gb"

@@ -15,7 +15,7 @@ from executor.convert import MOST, PIECE_VALUES, Float16Files, weight_files
 from executor.files import Files
 from executor.weights import EmbeddingRows
 from planner.errors import CheckpointError
-from planner.plan import TensorLocation
+from planner.plan.shapes import TensorLocation
 
 
 def written(folder: Path, **tensors: torch.Tensor) -> dict[str, TensorLocation]:

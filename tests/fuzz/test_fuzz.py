@@ -192,7 +192,7 @@ def test_a_pipe_in_place_of_a_picture_is_refused(tmp_path: Path, capsys: Any) ->
 
 def test_a_tokenizer_that_reads_but_cannot_encode_is_named(tmp_path: Path) -> None:
     from executor.prompt import build_prompt, load_tokenizer
-    from planner.plan import TokenIds
+    from planner.plan.shapes import TokenIds
     from planner.workload import prompt_tokens
 
     control = [

@@ -11,7 +11,7 @@ import torch
 from executor.device import Chunk, Device
 from executor.files import Files
 from planner.errors import OutOfMemory
-from planner.plan import HostUnit
+from planner.plan.program import HostUnit
 
 SIZE = 256 * 1024
 

@@ -18,7 +18,7 @@ from executor.device import Chunk, Range
 from executor.files import Files
 from executor.host_tier import HostTier
 from executor.queues import Queued, RingPiece
-from planner.plan import HostUnit
+from planner.plan.program import HostUnit
 from tests.hostile.scheduler import LANDING, Scheduler
 
 PAGE_BYTES = 4096

@@ -25,7 +25,11 @@ from executor.weights import Reader
 from planner import search
 from planner.checkpoint import spec
 from planner.errors import StowplanError
-from planner.plan import Copy, HostUnit, Order, Plan, TensorLocation, Tiles, Workload
+from planner.plan import Plan
+from planner.plan.program import Copy, HostUnit
+from planner.plan.shapes import TensorLocation, Workload
+from planner.plan.tiles import Tiles
+from planner.plan.words import Order
 from planner.profile import DeviceProfile, load_profile
 from planner.schedule import Choice, PhaseResidency
 from planner.workload import parse_image

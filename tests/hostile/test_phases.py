@@ -15,7 +15,8 @@ from executor.files import Files
 from executor.host_tier import Move
 from executor.record import Record
 from executor.run import run
-from planner.plan import Copy, Plan
+from planner.plan import Plan
+from planner.plan.program import Copy
 from tests.hostile.device import HostileDevice
 from tests.hostile.lab import Answer, Lab
 from tests.hostile.scheduler import EXTREMES, Scheduler, at_random, by_rank

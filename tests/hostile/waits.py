@@ -14,7 +14,9 @@ from typing import NamedTuple
 from executor.order import Queues, unroll
 from executor.queues import RING_PIECES, pieces_of
 from executor.weights import chunks, pieces
-from planner.plan import Buffer, Plan, TensorLocation
+from planner.plan import Plan
+from planner.plan.program import Buffer
+from planner.plan.shapes import TensorLocation
 from tests.hostile.device import PIECE_BYTES, Wait
 
 

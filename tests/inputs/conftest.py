@@ -10,7 +10,7 @@ import pytest
 
 from executor.make_checkpoint import make_random_checkpoint
 from executor.prompt import load_tokenizer
-from planner.plan import Image, TokenIds
+from planner.plan.shapes import Image, TokenIds
 from planner.workload import plan_image
 
 ROOT = Path(__file__).parents[2]

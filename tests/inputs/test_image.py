@@ -19,7 +19,7 @@ from PIL import ImageOps
 
 from executor.image import ArrayPixels, PixelSource, open_image, patch_positions, window_order
 from planner.errors import ImageError, PlanFileError
-from planner.plan import Image
+from planner.plan.shapes import Image
 from planner.workload import parse_image, plan_image
 
 LIMITS = {"min_pixels": 3136, "max_pixels": 12845056}

@@ -16,7 +16,7 @@ from executor.make_checkpoint import make_random_checkpoint
 from executor.prompt import build_prompt, load_tokenizer
 from executor.random_files import SPECS
 from planner.errors import InputError, RunFailed
-from planner.plan import TokenIds
+from planner.plan.shapes import TokenIds
 from planner.workload import parse_image
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from executor.prompt import Detokenizer, build_prompt, load_tokenizer, positions
 from planner.errors import CheckpointError, InputError
-from planner.plan import Image, TokenIds
+from planner.plan.shapes import Image, TokenIds
 from planner.workload import plan_image
 
 

@@ -17,7 +17,7 @@ from PIL import Image as Pillow
 
 from executor.prompt import build_prompt, load_tokenizer
 from planner.errors import CheckpointError, ImageError, InputError
-from planner.plan import Image, TokenIds, WindowRun
+from planner.plan.shapes import Image, TokenIds, WindowRun
 from planner.workload import (
     TEMPLATE_TOKENS,
     image_size,

@@ -15,17 +15,9 @@ from torch import Tensor
 
 from executor import text, vision
 from planner import buffers
-from planner.plan import (
-    Image,
-    ModelShape,
-    Step,
-    TextShape,
-    Tiles,
-    TokenIds,
-    View,
-    VisionShape,
-    WindowRun,
-)
+from planner.plan.program import Step, View
+from planner.plan.shapes import Image, ModelShape, TextShape, TokenIds, VisionShape, WindowRun
+from planner.plan.tiles import Tiles
 
 DATA = Path(__file__).parent.parent / "data"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

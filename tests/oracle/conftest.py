@@ -25,7 +25,10 @@ from executor.run import run
 from planner import search
 from planner.check import check
 from planner.checkpoint import spec
-from planner.plan import Image, Order, Plan, Tiles, Workload
+from planner.plan import Plan
+from planner.plan.shapes import Image, Workload
+from planner.plan.tiles import Tiles
+from planner.plan.words import Order
 from planner.profile import load_profile
 from planner.schedule import Choice, PhaseResidency
 from planner.workload import parse_image

@@ -30,7 +30,7 @@ import json, sys
 from pathlib import Path
 from planner import search
 from planner.check import check
-from planner.plan import Tiles
+from planner.plan.tiles import Tiles
 from planner.profile import load_profile
 from planner.checkpoint.spec import read_checkpoint
 from planner.workload import make_workload, parse_image

@@ -12,7 +12,8 @@ import pytest
 from planner.checkpoint.spec import Checkpoint, builtin
 from planner.checkpoint.template import template
 from planner.fronts import START
-from planner.plan import ModelShape, Plan, TextShape, TokenIds, VisionShape, Workload
+from planner.plan import Plan
+from planner.plan.shapes import ModelShape, TextShape, TokenIds, VisionShape, Workload
 from planner.problem import Request
 from planner.profile import DeviceProfile, load_profile
 from planner.schedule import Choice, PhaseResidency

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from planner.check import check
-from planner.plan import Buffer, Copy, Plan, Step
+from planner.plan import Plan
+from planner.plan.program import Buffer, Copy, Step
 
 
 def with_step(plan: Plan, index: int, **changes: Any) -> Plan:

@@ -17,7 +17,9 @@ from planner.checkpoint.spec import builtin
 from planner.costs import Costs
 from planner.errors import InputError
 from planner.fronts import START
-from planner.plan import Kind, ModelShape, Tiles
+from planner.plan.shapes import ModelShape
+from planner.plan.tiles import Tiles
+from planner.plan.words import Kind
 from planner.problem import Problem, Request
 from planner.profile import DeviceProfile, dumps, load_profile
 from planner.rates import PASSES, TURNS, Grid, HeadDim, Kernels, Measured, seconds_at

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.graph import Tensor, build, lifetimes, lifetimes_of, live_bytes
-from planner.plan import Phase
+from planner.plan.words import Phase
 from planner.schedule import BufferDraft, CopyDraft, Program, StepDraft
 
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.checkpoint.template import unit_sizes
-from planner.plan import WindowRun, window_tiles
+from planner.plan.shapes import WindowRun
+from planner.plan.tiles import window_tiles
 from planner.schedule import PhaseResidency, Program, program, spread
 from planner.workload import window_runs
 

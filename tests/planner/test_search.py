@@ -8,7 +8,8 @@ import pytest
 from planner.check import check
 from planner.errors import BudgetTooSmall
 from planner.evaluate import evaluate
-from planner.plan import Plan, Workload
+from planner.plan import Plan
+from planner.plan.shapes import Workload
 from planner.problem import Problem, Request
 from planner.profile import load_profile
 from planner.schedule import PhaseResidency

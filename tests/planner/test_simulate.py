@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from planner.allocator import CachingAllocator
 from planner.checkpoint.template import unit_sizes
-from planner.plan import Kept, Outside
+from planner.plan import Kept
+from planner.plan.program import Outside
 from planner.queues import Beside, Job, line, loop
 from planner.schedule import PhaseResidency, Program, program
 from planner.simulate import Ranges, card_bytes, queue_order, timeline

@@ -15,28 +15,22 @@ from executor.make_checkpoint import make_random_checkpoint
 from executor.prepare import Request
 from planner import search, workload
 from planner.checkpoint import spec
-from planner.plan import (
-    Buffer,
-    Copy,
-    DeviceTerms,
+from planner.plan import DeviceTerms, Levers, Plan
+from planner.plan.prediction import PhasePrediction, Prediction
+from planner.plan.program import Buffer, Copy, Step, View
+from planner.plan.shapes import (
     Image,
-    Levers,
     ModelShape,
-    PhasePrediction,
-    Plan,
-    Prediction,
-    Step,
     TensorLocation,
     TextShape,
-    Tiles,
     TokenIds,
     Unit,
     UnitTensor,
-    View,
     VisionShape,
     WindowRun,
     Workload,
 )
+from planner.plan.tiles import Tiles
 from planner.profile import load_profile
 from planner.schedule import Choice, PhaseResidency
 from planner.units import MIB

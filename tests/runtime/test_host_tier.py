@@ -13,7 +13,8 @@ from executor.files import Files
 from executor.host_tier import HostTier
 from executor.weights import Reader
 from planner.errors import OutOfMemory
-from planner.plan import HostUnit, Plan
+from planner.plan import Plan
+from planner.plan.program import HostUnit
 
 SIZE = 4096  # bytes of a unit of the streaming plan
 KEPT = ("u0", "u1")  # those that prefill and decode bring

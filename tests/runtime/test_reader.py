@@ -15,7 +15,8 @@ from executor.device import Chunk
 from executor.files import Files
 from executor.weights import EmbeddingRows, Piece, Reader, chunks, pieces
 from planner.errors import CheckpointError, RunFailed
-from planner.plan import Plan, TensorLocation
+from planner.plan import Plan
+from planner.plan.shapes import TensorLocation
 
 
 class SlowDevice(CpuDevice):

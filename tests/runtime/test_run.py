@@ -33,7 +33,8 @@ from planner.errors import (
     PlanFileError,
     RunFailed,
 )
-from planner.plan import DeviceTerms, Plan, TensorLocation
+from planner.plan import DeviceTerms, Plan
+from planner.plan.shapes import TensorLocation
 from planner.units import MIB
 
 

@@ -10,7 +10,7 @@ import torch
 from executor.rounds import question
 from executor.run import Session
 from planner.errors import DoesNotFit, InputError, RunFailed
-from planner.plan import first_of_prefill, keeps_cache, still_there
+from planner.plan.sessions import first_of_prefill, keeps_cache, still_there
 from tests.hostile.lab import SETTINGS
 from tests.hostile.scheduler import EXTREMES, at_random, by_rank, policies
 from tests.sessions.conftest import TURNS, Talks

@@ -21,7 +21,8 @@ from executor.record import Record
 from executor.run import run
 from planner import search, workload
 from planner.checkpoint import spec
-from planner.plan import Plan, question_tile
+from planner.plan import Plan
+from planner.plan.tiles import question_tile
 from planner.profile import load_profile
 from planner.schedule import Choice, PhaseResidency
 from planner.screen.report import render

@@ -20,7 +20,8 @@ from planner.checkpoint.headers import (
     read_header,
 )
 from planner.errors import CheckpointError
-from planner.plan import DTYPE_BYTES, TensorLocation
+from planner.plan.shapes import TensorLocation
+from planner.plan.words import DTYPE_BYTES
 
 TWO = {"a": ("BF16", (2, 3)), "b": ("F32", (4,))}
 

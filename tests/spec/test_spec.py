@@ -21,7 +21,7 @@ from planner.checkpoint.headers import read_header
 from planner.checkpoint.spec import builtin, builtin_model, read_checkpoint, resolve_model, units
 from planner.checkpoint.template import template
 from planner.errors import CheckpointError, InputError, RunFailed
-from planner.plan import ModelShape
+from planner.plan.shapes import ModelShape
 
 Make = Callable[..., Path]
 DATA = Path(__file__).parents[1] / "data"

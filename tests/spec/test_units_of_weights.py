@@ -10,7 +10,8 @@ import pytest
 
 from planner.checkpoint.spec import BUILTIN, builtin, unit_sizes, units
 from planner.checkpoint.template import EMBEDDING, lm_head_name, template
-from planner.plan import DTYPE_BYTES, ModelShape, Unit
+from planner.plan.shapes import ModelShape, Unit
+from planner.plan.words import DTYPE_BYTES
 
 
 @pytest.mark.parametrize("name", BUILTIN)
