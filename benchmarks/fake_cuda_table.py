@@ -3,20 +3,23 @@
     python benchmarks/fake_cuda_table.py [--model 3b] [--image 1920x1080] [--allocator expandable]
 
 One line per model, image, budget and compute capability. Every distinct step is walked under FakeTensorMode on `cuda:0`
-(tests/fake_cuda/harness.py); `equal` says that the ordered list of blocks (size, birth, death), what is kept throughout,
+(tests/fake_cuda); `equal` says that the ordered list of blocks (size, birth, death), what is kept throughout,
 allocated and reserved bytes are the plan's. No card, no weights. Exit code 1 if anything differs.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from planner.errors import BudgetTooSmall
+from tests.fake_cuda.card import FakeCard
+from tests.fake_cuda.compare import CARDS, compare, make_plan
+from tests.fake_cuda.walk import walk
 
 IMAGES = ("560x420", "1920x1080", "3840x2160")
 BUDGETS = {
@@ -27,23 +30,12 @@ BUDGETS = {
 GIB = 2**30
 
 
-def harness() -> ModuleType:
-    path = Path(__file__).parent.parent / "tests" / "fake_cuda" / "harness.py"
-    spec = importlib.util.spec_from_file_location("fake_cuda_harness", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", action="append", choices=list(BUDGETS))
     parser.add_argument("--image", action="append")
     parser.add_argument("--allocator", choices=("native", "expandable"), default="native")
     options = parser.parse_args()
-    fake = harness()
     print(
         "| model | image | budget | capability | steps | blocks | declared | reserved walked | planned | equal |"
     )
@@ -53,15 +45,15 @@ def main() -> int:
         for image in options.image or IMAGES:
             known: dict[Any, Any] = {}
             for budget in BUDGETS[model]:
-                for capability in fake.CARDS:
+                for capability in CARDS:
                     where = f"| {model} | {image} | {budget} | {capability} |"
                     try:
-                        plan = fake.make_plan(model, image, budget, capability, options.allocator)
+                        plan = make_plan(model, image, budget, capability, options.allocator)
                     except BudgetTooSmall:
                         print(f"{where} | | | | | no plan |", flush=True)
                         continue
-                    card = fake.FakeCard(capability, 192 * GIB, plan.device.alloc_conf)
-                    found = fake.compare(plan, fake.walk(plan, card, known=known))
+                    card = FakeCard(capability, 192 * GIB, plan.device.alloc_conf)
+                    found = compare(plan, walk(plan, card, known=known))
                     print(
                         f"{where} {found.steps} | {found.blocks} | {found.declared} | {found.reserved_bytes} "
                         f"| {found.planned_reserved_bytes} | {'no' if found.wrong else 'yes'} |",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import weakref
 from contextlib import nullcontext
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -16,6 +15,7 @@ from executor import cuda_errors
 from executor.prepare import memory_errors
 from planner.errors import OutOfMemory, RunFailed
 from planner.units import GIB, MIB
+from tests.fake_cuda.card import CONTEXT_BYTES, FakeCard
 
 ILLEGAL = "CUDA error: an illegal memory access was encountered\nCompile with ..."
 
@@ -57,13 +57,11 @@ def test_a_mistake_of_our_own_is_not_blamed_on_the_card() -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_pinned_pieces_are_given_back_unless_the_card_failed(
-    harness: ModuleType, fails: bool
-) -> None:
+def test_pinned_pieces_are_given_back_unless_the_card_failed(fails: bool) -> None:
     """Freeing one asks the card, inside a destructor: where it fails the process ends there."""
     from executor.cuda import CudaDevice
 
-    card = harness.FakeCard("12.0", 16 * GIB, nvml="process")
+    card = FakeCard("12.0", 16 * GIB, nvml="process")
     with card.installed():
         device = CudaDevice()
         device.allocate_arena(64 * MIB)
@@ -80,22 +78,22 @@ def test_pinned_pieces_are_given_back_unless_the_card_failed(
         assert device.pinned() == ()
 
 
-def test_the_second_run_of_a_process_counts_the_context_too(harness: ModuleType) -> None:
+def test_the_second_run_of_a_process_counts_the_context_too() -> None:
     from executor.cuda import CudaDevice
 
-    card = harness.FakeCard("12.0", 16 * GIB, others_bytes=GIB, nvml="card")
+    card = FakeCard("12.0", 16 * GIB, others_bytes=GIB, nvml="card")
     with card.installed():
         for _ in range(2):
             device = CudaDevice()
             device.allocate_arena(64 * MIB)
-            assert device.context_bytes() == harness.CONTEXT_BYTES
+            assert device.context_bytes() == CONTEXT_BYTES
             device.close()
 
 
-def test_what_others_free_meanwhile_ends_no_run(harness: ModuleType) -> None:
+def test_what_others_free_meanwhile_ends_no_run() -> None:
     from executor.cuda import CudaDevice
 
-    card = harness.FakeCard("12.0", 16 * GIB, others_bytes=2 * GIB, nvml="card")
+    card = FakeCard("12.0", 16 * GIB, others_bytes=2 * GIB, nvml="card")
     with card.installed():
         device = CudaDevice()
         device.allocate_arena(64 * MIB)
@@ -106,11 +104,11 @@ def test_what_others_free_meanwhile_ends_no_run(harness: ModuleType) -> None:
         device.close()
 
 
-def test_an_arena_beyond_what_is_free_is_not_even_asked_for(harness: ModuleType) -> None:
+def test_an_arena_beyond_what_is_free_is_not_even_asked_for() -> None:
     """Some drivers would give it, in host memory."""
     from executor.cuda import CudaDevice
 
-    card = harness.FakeCard("12.0", 16 * GIB, others_bytes=8 * GIB)
+    card = FakeCard("12.0", 16 * GIB, others_bytes=8 * GIB)
     asked: list[Any] = []
     with card.installed():
         device = CudaDevice()

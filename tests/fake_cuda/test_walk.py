@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -16,6 +15,9 @@ from executor.device import Chunk
 from executor.files import Files
 from planner.errors import KernelRefused, OutOfMemory, PlanFileError
 from planner.units import GIB, MIB
+from tests.fake_cuda.card import CONTEXT_BYTES, FakeCard
+from tests.fake_cuda.compare import compare, make_plan
+from tests.fake_cuda.walk import walk
 
 MODEL, IMAGE = "3b", "308x196"  # 22 x 14 patches: windows cut at the right and at the bottom
 CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "12.0")
@@ -40,11 +42,11 @@ def known() -> dict[Any, Any]:
 
 @pytest.mark.parametrize(("capability", "budget"), SHORT)
 def test_every_step_takes_on_a_card_what_the_plan_lists(
-    harness: ModuleType, known: dict[Any, Any], capability: str, budget: str | None
+    known: dict[Any, Any], capability: str, budget: str | None
 ) -> None:
-    plan = harness.make_plan(MODEL, IMAGE, budget, capability)
-    found = harness.walk(plan, harness.FakeCard(capability, 16 * GIB), known=known)
-    compared = harness.compare(plan, found)
+    plan = make_plan(MODEL, IMAGE, budget, capability)
+    found = walk(plan, FakeCard(capability, 16 * GIB), known=known)
+    compared = compare(plan, found)
     assert compared.wrong == ()
     assert compared.blocks >= 20
     assert compared.declared > 0
@@ -54,51 +56,45 @@ def test_every_step_takes_on_a_card_what_the_plan_lists(
 @pytest.mark.full
 @pytest.mark.parametrize(("model", "image"), list(product(BUDGETS, SIZES)))
 def test_every_step_of_every_size_takes_on_every_card_what_the_plan_lists(
-    harness: ModuleType, model: str, image: str
+    model: str, image: str
 ) -> None:
     known: dict[Any, Any] = {}
     for capability, budget in product(CAPABILITIES, BUDGETS[model]):
-        plan = harness.make_plan(model, image, budget, capability)
-        found = harness.walk(plan, harness.FakeCard(capability, 192 * GIB), known=known)
-        assert harness.compare(plan, found).wrong == (), (capability, budget)
+        plan = make_plan(model, image, budget, capability)
+        found = walk(plan, FakeCard(capability, 192 * GIB), known=known)
+        assert compare(plan, found).wrong == (), (capability, budget)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("image", ["560x420", "1920x1080", "560x420 448x448"])
-def test_all_tiles_of_a_step_take_what_its_distinct_ones_take(
-    harness: ModuleType, image: str
-) -> None:
-    plan = harness.make_plan(MODEL, image, "3GB", "12.0")
-    found = harness.walk(plan, harness.FakeCard("12.0", 16 * GIB), whole=True)
+def test_all_tiles_of_a_step_take_what_its_distinct_ones_take(image: str) -> None:
+    plan = make_plan(MODEL, image, "3GB", "12.0")
+    found = walk(plan, FakeCard("12.0", 16 * GIB), whole=True)
     assert all(len(every) == 2 for step, every in found.steps.items() if "sample" not in step)
-    assert harness.compare(plan, found).wrong == ()
+    assert compare(plan, found).wrong == ()
 
 
-def test_several_images_one_after_another_and_expandable_segments_are_walked_too(
-    harness: ModuleType,
-) -> None:
-    plan = harness.make_plan(MODEL, "112x84 84x112", "3GB", "12.0", "expandable")
+def test_several_images_one_after_another_and_expandable_segments_are_walked_too() -> None:
+    plan = make_plan(MODEL, "112x84 84x112", "3GB", "12.0", "expandable")
     assert plan.device.alloc_conf == "expandable_segments:True"
-    card = harness.FakeCard("12.0", 16 * GIB, plan.device.alloc_conf)
-    assert harness.compare(plan, harness.walk(plan, card)).wrong == ()
+    card = FakeCard("12.0", 16 * GIB, plan.device.alloc_conf)
+    assert compare(plan, walk(plan, card)).wrong == ()
 
 
 @pytest.mark.parametrize(("dtype", "capability"), [("float32", "12.0"), ("float16", "7.5")])
-def test_the_memory_efficient_kernel_takes_what_the_plan_lists(
-    harness: ModuleType, dtype: str, capability: str
-) -> None:
-    plan = harness.make_plan(MODEL, "112x84", "6GB", capability, dtype=dtype)
+def test_the_memory_efficient_kernel_takes_what_the_plan_lists(dtype: str, capability: str) -> None:
+    plan = make_plan(MODEL, "112x84", "6GB", capability, dtype=dtype)
     assert {step.kernel for step in plan.steps} == {"efficient", None}
-    found = harness.walk(plan, harness.FakeCard(capability, 16 * GIB))
-    assert harness.compare(plan, found).wrong == ()
+    found = walk(plan, FakeCard(capability, 16 * GIB))
+    assert compare(plan, found).wrong == ()
 
 
 @pytest.fixture(scope="module")
-def small(harness: ModuleType) -> Any:
-    return harness.make_plan(MODEL, "112x84", "2GB", "12.0")
+def small() -> Any:
+    return make_plan(MODEL, "112x84", "2GB", "12.0")
 
 
-def test_one_block_more_than_the_plan_lists_is_noticed(harness: ModuleType, small: Any) -> None:
+def test_one_block_more_than_the_plan_lists_is_noticed(small: Any) -> None:
     usual = prepare.STEPS["text_mlp"]
 
     def wasteful(run: Any, step: Any, w: Any, v: Any) -> None:
@@ -106,14 +102,12 @@ def test_one_block_more_than_the_plan_lists_is_noticed(harness: ModuleType, smal
         _ = v["y"] * 2
 
     with mock.patch.dict(prepare.STEPS, {"text_mlp": wasteful}):
-        found = harness.walk(small, harness.FakeCard("12.0", 16 * GIB))
-    wrong = harness.compare(small, found).wrong
+        found = walk(small, FakeCard("12.0", 16 * GIB))
+    wrong = compare(small, found).wrong
     assert any(sentence.startswith("prefill/layers.0.mlp: walked (Block") for sentence in wrong)
 
 
-def test_copies_that_a_kernel_would_make_inside_are_noticed(
-    harness: ModuleType, small: Any
-) -> None:
+def test_copies_that_a_kernel_would_make_inside_are_noticed(small: Any) -> None:
     usual = prepare.STEPS["text_mlp"]
 
     def wasteful(run: Any, step: Any, w: Any, v: Any) -> None:
@@ -124,24 +118,22 @@ def test_copies_that_a_kernel_would_make_inside_are_noticed(
         v["y"][0].to("cpu", torch.float32)
 
     with mock.patch.dict(prepare.STEPS, {"text_mlp": wasteful}):
-        found = harness.walk(small, harness.FakeCard("12.0", 16 * GIB))
+        found = walk(small, FakeCard("12.0", 16 * GIB))
     assert any("mm: an operand of shape" in sentence for sentence in found.complaints)
     assert any("a temporary on the card" in sentence for sentence in found.complaints)
 
 
-def test_a_kernel_that_the_card_refuses_is_refused_at_the_start(
-    harness: ModuleType, small: Any
-) -> None:
+def test_a_kernel_that_the_card_refuses_is_refused_at_the_start(small: Any) -> None:
     with pytest.raises(KernelRefused, match=r"flash attention.*refused by fake card.*efficient"):
-        harness.walk(small, harness.FakeCard("7.5", 16 * GIB))
+        walk(small, FakeCard("7.5", 16 * GIB))
 
 
-def test_nothing_is_allocated_where_units_are_copied(harness: ModuleType, tmp_path: Path) -> None:
+def test_nothing_is_allocated_where_units_are_copied(tmp_path: Path) -> None:
     from executor.cuda import CudaDevice
 
     path = tmp_path / "weights"
     path.write_bytes(bytes(3000))
-    card = harness.FakeCard("12.0", 16 * GIB)
+    card = FakeCard("12.0", 16 * GIB)
     with card.installed():
         device = CudaDevice()
         device.allocate_arena(MIB)
@@ -154,10 +146,10 @@ def test_nothing_is_allocated_where_units_are_copied(harness: ModuleType, tmp_pa
     assert card.complaints == []
 
 
-def test_workspaces_come_before_the_steps_blocks_and_are_taken_once(harness: ModuleType) -> None:
+def test_workspaces_come_before_the_steps_blocks_and_are_taken_once() -> None:
     from executor.cuda import CudaDevice
 
-    card = harness.FakeCard("9.0", 16 * GIB)
+    card = FakeCard("9.0", 16 * GIB)
     with card.installed():
         device = CudaDevice()
         device.allocate_arena(64 * MIB)
@@ -171,16 +163,16 @@ def test_workspaces_come_before_the_steps_blocks_and_are_taken_once(harness: Mod
         device.close()
 
 
-def test_the_cap_leaves_the_budget_less_the_context_to_the_allocator(harness: ModuleType) -> None:
+def test_the_cap_leaves_the_budget_less_the_context_to_the_allocator() -> None:
     from executor.cuda import CudaDevice
 
-    card = harness.FakeCard("12.0", 16 * GIB)
+    card = FakeCard("12.0", 16 * GIB)
     with card.installed():
         device = CudaDevice()
         device.allocate_arena(64 * MIB)
         device.cap(4 * GIB)
         limit = card.fraction * card.total_bytes
-        assert abs(limit - (4 * GIB - harness.CONTEXT_BYTES)) < 512
+        assert abs(limit - (4 * GIB - CONTEXT_BYTES)) < 512
         device.close()
         assert card.fraction == 1.0
 
@@ -194,28 +186,26 @@ def test_the_cap_leaves_the_budget_less_the_context_to_the_allocator(harness: Mo
     ],
 )
 def test_what_other_programs_hold_is_told_apart_where_the_driver_tells(
-    harness: ModuleType, nvml: str | None, counted: int, note: str | None
+    nvml: str | None, counted: int, note: str | None
 ) -> None:
     from executor.cuda import CudaDevice
 
-    card = harness.FakeCard("12.0", 16 * GIB, others_bytes=GIB, nvml=nvml)
+    card = FakeCard("12.0", 16 * GIB, others_bytes=GIB, nvml=nvml)
     with card.installed():
         device = CudaDevice()
         device.allocate_arena(64 * MIB)
-        assert device.context_bytes() == harness.CONTEXT_BYTES + counted
-        assert device.peak_bytes() == harness.CONTEXT_BYTES + 64 * MIB + counted
+        assert device.context_bytes() == CONTEXT_BYTES + counted
+        assert device.peak_bytes() == CONTEXT_BYTES + 64 * MIB + counted
         assert device.allocator_peaks() == (64 * MIB, 64 * MIB)
         notes = device.notes()
         assert notes == () if note is None else note in notes[0]
         device.close()
 
 
-def test_an_arena_that_the_card_has_no_room_for_is_refused_with_the_numbers(
-    harness: ModuleType,
-) -> None:
+def test_an_arena_that_the_card_has_no_room_for_is_refused_with_the_numbers() -> None:
     from executor.cuda import CudaDevice
 
-    card = harness.FakeCard("12.0", 16 * GIB, others_bytes=12 * GIB)
+    card = FakeCard("12.0", 16 * GIB, others_bytes=12 * GIB)
     with card.installed():
         device = CudaDevice()
         with pytest.raises(
@@ -231,10 +221,10 @@ def test_an_arena_that_the_card_has_no_room_for_is_refused_with_the_numbers(
         device.close()
 
 
-def test_a_driver_that_keeps_the_card_s_memory_on_the_host_is_refused(harness: ModuleType) -> None:
+def test_a_driver_that_keeps_the_card_s_memory_on_the_host_is_refused() -> None:
     from executor.cuda import CudaDevice
 
-    card = harness.FakeCard("12.0", 16 * GIB)
+    card = FakeCard("12.0", 16 * GIB)
     with card.installed():
         device = CudaDevice()
         device.allocate_arena(4 * GIB)
@@ -246,10 +236,8 @@ def test_a_driver_that_keeps_the_card_s_memory_on_the_host_is_refused(harness: M
         device.close()
 
 
-def test_settings_in_effect_other_than_the_plans_are_refused_at_the_start(
-    harness: ModuleType, small: Any
-) -> None:
+def test_settings_in_effect_other_than_the_plans_are_refused_at_the_start(small: Any) -> None:
     with pytest.raises(PlanFileError, match="native allocator, found expandable_segments:True"):
-        harness.walk(small, harness.FakeCard("12.0", 16 * GIB, "expandable_segments:True"))
+        walk(small, FakeCard("12.0", 16 * GIB, "expandable_segments:True"))
     with pytest.raises(PlanFileError, match="workspace of 8519680 bytes, torch takes 33554432"):
-        harness.walk(small, harness.FakeCard("9.0", 16 * GIB))
+        walk(small, FakeCard("9.0", 16 * GIB))

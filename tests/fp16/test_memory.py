@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,9 @@ from planner.dtype import in_dtype
 from planner.plan import Plan
 from planner.profile import load_profile
 from planner.units import GIB, KIB
+from tests.fake_cuda.card import FakeCard
+from tests.fake_cuda.compare import compare, make_plan
+from tests.fake_cuda.walk import walk
 
 # torch wraps a Python number in a tensor of 4 or 8 bytes; the profiler's events are not in order within a call
 SLACK_BYTES = 64
@@ -84,37 +85,23 @@ def test_a_run_stays_within_the_plans_bound(tmp_path: Path, specification: str, 
 # --- a card that is not there -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def harness() -> ModuleType:
-    """tests/fake_cuda's, whose plans are for the checkpoint as the card runs it."""
-    path = Path(__file__).parents[1] / "fake_cuda" / "harness.py"
-    found = importlib.util.spec_from_file_location("float16_fake_cuda_harness", path)
-    assert found is not None
-    assert found.loader is not None
-    module = sys.modules[found.name] = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
-
-
-def card_plan(
-    harness: ModuleType, monkeypatch: pytest.MonkeyPatch, model: str, image: str, budget: str
-) -> Plan:
+def card_plan(monkeypatch: pytest.MonkeyPatch, model: str, image: str, budget: str) -> Plan:
     import planner.checkpoint.spec
 
     converted = in_dtype(builtin(model), load_profile("t4-16gb"))
     monkeypatch.setattr(planner.checkpoint.spec, "resolve_model", lambda name: converted)
-    plan: Plan = harness.make_plan(model, image, budget, "7.5", dtype="float16")
+    plan: Plan = make_plan(model, image, budget, "7.5", dtype="float16")
     assert (plan.model.stored, plan.model.residual_dtype) == ("bfloat16", "float32")
     assert check(plan) == []
     return plan
 
 
 def test_every_step_takes_on_a_card_without_bfloat16_what_the_plan_lists(
-    harness: ModuleType, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plan = card_plan(harness, monkeypatch, "3b", "112x84 84x112", "2GB")
-    found = harness.walk(plan, harness.FakeCard("7.5", 16 * GIB))
-    compared = harness.compare(plan, found)
+    plan = card_plan(monkeypatch, "3b", "112x84 84x112", "2GB")
+    found = walk(plan, FakeCard("7.5", 16 * GIB))
+    compared = compare(plan, found)
     assert compared.wrong == ()
     assert compared.blocks >= 20
 
@@ -123,35 +110,35 @@ def test_every_step_takes_on_a_card_without_bfloat16_what_the_plan_lists(
 @pytest.mark.parametrize("model", ["3b", "7b", "72b"])
 @pytest.mark.parametrize("image", ["560x420", "3840x2160"])
 def test_every_step_of_every_size_does(
-    harness: ModuleType, monkeypatch: pytest.MonkeyPatch, model: str, image: str
+    monkeypatch: pytest.MonkeyPatch, model: str, image: str
 ) -> None:
-    plan = card_plan(harness, monkeypatch, model, image, "14GB")
-    found = harness.walk(plan, harness.FakeCard("7.5", 16 * GIB))
-    assert harness.compare(plan, found).wrong == ()
+    plan = card_plan(monkeypatch, model, image, "14GB")
+    found = walk(plan, FakeCard("7.5", 16 * GIB))
+    assert compare(plan, found).wrong == ()
 
 
 def test_a_sum_into_the_wider_stream_without_scratch_would_be_noticed(
-    harness: ModuleType, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from executor import text
 
-    plan = card_plan(harness, monkeypatch, "3b", "112x84", "2GB")
+    plan = card_plan(monkeypatch, "3b", "112x84", "2GB")
 
     def direct(x: torch.Tensor, part: torch.Tensor, *, scratch: torch.Tensor) -> None:
         x.add_(part.float())
 
     monkeypatch.setattr(text, "add_rows", direct)
-    found = harness.walk(plan, harness.FakeCard("7.5", 16 * GIB))
-    wrong = harness.compare(plan, found).wrong
+    found = walk(plan, FakeCard("7.5", 16 * GIB))
+    wrong = compare(plan, found).wrong
     assert any(sentence.startswith("prefill/layers.0.self_attn: walked") for sentence in wrong)
 
 
-def test_partial_sums_of_products_stay_in_float32_on_a_card(harness: ModuleType) -> None:
+def test_partial_sums_of_products_stay_in_float32_on_a_card() -> None:
     from executor.cuda import CudaDevice
 
     products = torch.backends.cuda.matmul
     before = products.allow_fp16_reduced_precision_reduction
-    with harness.FakeCard("7.5", 16 * GIB).installed():
+    with FakeCard("7.5", 16 * GIB).installed():
         device = CudaDevice()
         assert products.allow_fp16_reduced_precision_reduction is False
         device.allocate_arena(64 * KIB)
