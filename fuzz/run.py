@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from random import Random
 from typing import NamedTuple
 
-from fuzz.targets import TARGETS, Place
+from fuzz.target import Place
+from fuzz.targets import TARGETS
 from planner.errors import StowplanError
 from planner.units import MIB
 

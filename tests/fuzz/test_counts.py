@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from executor.counts import check_counts
-from fuzz.targets import Place, small
+from fuzz.plans import small
+from fuzz.target import Place
 from planner.errors import PlanFileError
 from planner.plan import Plan
 

@@ -17,7 +17,8 @@ from executor.cli import main as execute
 from fuzz import run as module
 from fuzz.mutate import spoil_bytes, spoil_value
 from fuzz.run import run
-from fuzz.targets import TARGETS, Place, Target
+from fuzz.target import Place, Target
+from fuzz.targets import TARGETS
 from planner.cli import main as plan
 from planner.errors import CheckpointError, InputError, PlanFileError
 
