@@ -8,20 +8,16 @@ from dataclasses import replace
 from operator import itemgetter
 from typing import NamedTuple
 
-from planner.fronts import START, Option, Options, Still, fastest_held, products
-from planner.plan.words import Kind
+from planner.fronts import fastest_held
 from planner.problem import Problem
 from planner.schedule import Choice
 from planner.setting import phases, plain_bound
 from planner.space import Space
-from planner.tiles_cpu import Shapes, held_with
+from planner.tiles_cpu import Shapes, TiledKind, beside_tiles, held_with, kinds_of
 
 
 class _Kind(NamedTuple):
-    kind: Kind
-    part: int  # index of its phase
-    options: Sequence[Option]
-    shapes: Sequence[Shapes]  # of each option the products
+    tiled: TiledKind
     shares: bool  # products with other kinds
     least: int  # kept for the products of any of its options
 
@@ -42,22 +38,32 @@ def in_order(space: Space, plain: Sequence[Choice]) -> Iterator[tuple[int, Choic
 
 
 def _in_order(space: Space, plain: Choice) -> Iterator[tuple[int, Choice]]:
-    parts = [(frame.still, options) for _, frame, options in phases(space, plain) if options]
-    for tiles in _combinations(space.problem, parts):
+    problem = space.problem
+    kinds = kinds_of(problem, plain.tiles, phases(space, plain))
+    beside = beside_tiles(problem, kinds, plain.tiles, plain.images_together)
+    # a product that steps with and without tiles share counts with the former alone: a setting may need more than its place says
+    waiting: list[tuple[int, int, Choice]] = []
+    for number, (least, tiles) in enumerate(_combinations(problem, kinds)):
+        while waiting and waiting[0][0] <= least + beside:
+            bound, _, choice = heapq.heappop(waiting)
+            yield bound, choice
         choice = replace(plain, tiles=plain.tiles.model_copy(update=tiles))
-        yield plain_bound(space, choice), choice
+        heapq.heappush(waiting, (plain_bound(space, choice), number, choice))
+    for bound, _, choice in sorted(waiting):
+        yield bound, choice
 
 
 def _combinations(
-    problem: Problem, phases: Sequence[tuple[Still, Options]]
-) -> Iterator[dict[str, int]]:
-    """Every combination of tiles of these phases, that which needs least first.
+    problem: Problem, tiled: Sequence[TiledKind]
+) -> Iterator[tuple[int, dict[str, int]]]:
+    """Every combination of tiles of these kinds, that which needs least first, with its bytes.
 
     One kind of step after another is given its tiles, the partial combination with the least bound first.
     """
-    kinds = _kinds(problem, phases)
+    kinds = _kinds(problem, tiled)
     rests: dict[tuple[int, Shapes], int] = {}  # kinds that share come first: few differ
-    heap = [_Node(0, 0, (), _floor(phases), frozenset())]
+    floor = max(problem.decoding_bytes, *map(_floor, _frames(tiled)))
+    heap = [_Node(0, 0, (), floor, frozenset())]
     pushed = 0
     while heap:
         node = heapq.heappop(heap)
@@ -65,13 +71,13 @@ def _combinations(
         if place == len(kinds):
             tiles: dict[str, int] = {}
             for kind, number in zip(kinds, node.chosen, strict=True):
-                tiles.update(kind.options[number].tiles)
-            yield tiles
+                tiles.update(kind.tiled.options[number].tiles)
+            yield node.bound, tiles
             continue
-        own = kinds[place]
+        own = kinds[place].tiled
         for number in range(len(own.options)):
             chosen = (*node.chosen, number)
-            peak = max(node.peak, _peak(kinds, chosen, phases[own.part][0]))
+            peak = max(node.peak, _peak(kinds, chosen))
             shapes = node.shapes | own.shapes[number]
             key = place, shapes
             if key not in rests:
@@ -81,67 +87,63 @@ def _combinations(
             heapq.heappush(heap, _Node(bound, pushed, chosen, peak, shapes))
 
 
-def _kinds(problem: Problem, phases: Sequence[tuple[Still, Options]]) -> list[_Kind]:
-    """All kinds of steps with options, those that share products with others first."""
-    found = [
-        (kind, part, options[kind], [_products(problem, kind, o) for o in options[kind]])
-        for part, (_, options) in enumerate(phases)
-        for kind in options
-    ]
-    widths = {entry[0]: {shape[1:] for each in entry[3] for shape in each} for entry in found}
+def _kinds(problem: Problem, tiled: Sequence[TiledKind]) -> list[_Kind]:
+    """All kinds of steps: those without a choice, those that share products with others, the rest."""
+    widths = [{shape[1:] for each in kind.shapes for shape in each} for kind in tiled]
     kinds = []
-    for kind, part, mine, shapes in found:
-        shares = any(widths[kind] & widths[other] for other in widths if other != kind)
-        least = min(problem.kept_for(each) for each in shapes)
-        kinds.append(_Kind(kind, part, mine, shapes, shares, least))
-    return sorted(kinds, key=lambda kind: not kind.shares)
-
-
-def _products(problem: Problem, kind: Kind, option: Option) -> Shapes:
-    return products(problem, kind, START.model_copy(update=dict(option.tiles)))
+    for place, kind in enumerate(tiled):
+        shares = any(widths[place] & other for n, other in enumerate(widths) if n != place)
+        kinds.append(_Kind(kind, shares, min(map(problem.kept_for, kind.shapes))))
+    return sorted(kinds, key=lambda kind: (len(kind.tiled.options) > 1, not kind.shares))
 
 
 def _rest(problem: Problem, kinds: Sequence[_Kind], shapes: Shapes) -> int:
     """What is kept at least for the products of kinds to come; of those that share products only the most counts."""
     alone = sum(kind.least for kind in kinds if not kind.shares)
     shared = [
-        min(problem.kept_for(each - shapes) for each in kind.shapes)
+        min(problem.kept_for(each - shapes) for each in kind.tiled.shapes)
         for kind in kinds
         if kind.shares
     ]
     return alone + max(shared, default=0)
 
 
-def _floor(phases: Sequence[tuple[Still, Options]]) -> int:
-    """The least peak of all combinations."""
-    floor = 0
-    for still, options in phases:
-        mine = {key: held for key, held in still.items() if {*key[:2]} <= {*options}}
-        sizes = sorted(
-            {
-                held + one.bytes + other.blocks[images]
-                for (before, kind, images), held in mine.items()
-                for one in options[before]
-                for other in options[kind]
-            }
-        )
-        low, high = 0, max(len(sizes) - 1, 0)
-        while low < high:
-            middle = (low + high) // 2
-            if fastest_held(options, mine, sizes[middle]) is None:
-                low = middle + 1
-            else:
-                high = middle
-        floor = max(floor, sizes[low] if sizes else 0)
-    return floor
+def _frames(tiled: Sequence[TiledKind]) -> list[list[TiledKind]]:
+    """The kinds of each phase."""
+    found: dict[int, list[TiledKind]] = {}
+    for kind in tiled:
+        found.setdefault(id(kind.frame), []).append(kind)
+    return list(found.values())
 
 
-def _peak(kinds: Sequence[_Kind], chosen: Sequence[int], still: Still) -> int:
+def _floor(kinds: Sequence[TiledKind]) -> int:
+    """The least peak of all combinations of tiles of one phase."""
+    still = kinds[0].frame.still
+    options = {kind.kind: kind.options for kind in kinds}
+    sizes = sorted(
+        {
+            held + one.bytes + other.blocks[images]
+            for (before, kind, images), held in still.items()
+            for one in options[before]
+            for other in options[kind]
+        }
+    )
+    low, high = 0, max(len(sizes) - 1, 0)
+    while low < high:
+        middle = (low + high) // 2
+        if fastest_held(options, still, sizes[middle]) is None:
+            low = middle + 1
+        else:
+            high = middle
+    return sizes[low] if sizes else 0
+
+
+def _peak(kinds: Sequence[_Kind], chosen: Sequence[int]) -> int:
     """The most held at the steps of the last kind and of those before it that are chosen."""
-    last = kinds[len(chosen) - 1]
+    last = kinds[len(chosen) - 1].tiled
     mine = last.kind, last.options[chosen[-1]]
     return max(
-        held_with(still, (kind.kind, kind.options[number]), mine)
+        held_with(last.frame.still, (kind.tiled.kind, kind.tiled.options[number]), mine)
         for kind, number in zip(kinds, chosen, strict=False)
-        if kind.part == last.part
+        if kind.tiled.frame is last.frame
     )

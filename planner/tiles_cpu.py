@@ -80,6 +80,14 @@ def _shapes(
     return frozenset().union(*(gemm_shapes(kind, problem.model, tiles, i, rows) for i in images))
 
 
+def beside_tiles(problem: Problem, kinds: Sequence[TiledKind], tiles: Tiles, together: bool) -> int:
+    """What any tiles of these kinds need beside what steps hold and what is kept for their products: the context with its error, and the products of the others."""
+    first = {key: value for kind in kinds for key, value in kind.options[0].tiles.items()}
+    tiled = {shape for kind in kinds for shapes in kind.shapes for shape in shapes}
+    others = problem.gemm_shapes(tiles.model_copy(update=first), together) - tiled
+    return problem.context_bytes(others) + problem.profile.context_error_bytes
+
+
 class Combinations:
     """Tiles of all kinds with which no step holds more than `limit`, with what is kept for products of tiles."""
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import importlib
 import random
 from dataclasses import replace
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 import pytest
 
-from planner import smallest_card
+from planner import smallest_card, smallest_cpu
 from planner.certificate import least_plan, streamed
 from planner.errors import BudgetTooSmall
 from planner.floor import Floor
 from planner.problem import Problem
 from planner.profile import load_profile
+from planner.schedule import Choice
 from planner.search import Request, search
 from planner.setting import plain_bound
 from planner.space import Space
@@ -115,3 +116,27 @@ def test_no_tiles_need_less_than_the_floor_by_which_settings_are_ordered(
             assert least <= needed
             met += least == needed
     assert met > 25
+
+
+def drawn_setting(space: Space, draw: random.Random) -> Choice:
+    """Everything streamed, in tiles drawn from all options."""
+    choice = draw.choice(streamed(space))
+    tiles: dict[str, int] = {}
+    for options in (space.vision[choice.images_together], space.prefill):
+        for found in options.values():
+            tiles.update(draw.choice(found).tiles)
+    return replace(choice, tiles=choice.tiles.model_copy(update=tiles))
+
+
+# at the peak of these is a step without tiles
+@pytest.mark.parametrize("seed", [3006, 3040, 3052, 3054])
+def test_on_the_cpu_settings_come_in_order_of_what_they_need_and_none_needs_less_than_the_first(
+    optimality: Any, seed: int
+) -> None:
+    space = Space(Problem(*optimality.drawn(seed)))
+    found = list(islice(smallest_cpu.in_order(space, streamed(space)), 60))
+    bounds = [bound for bound, _ in found]
+    assert bounds == sorted(bounds)
+    assert bounds == [plain_bound(space, choice) for _, choice in found]
+    draw = random.Random(seed)
+    assert all(plain_bound(space, drawn_setting(space, draw)) >= bounds[0] for _ in range(200))
