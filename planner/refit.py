@@ -16,7 +16,7 @@ from planner.plan.words import Kind, Phase
 from planner.schedule import Choice
 from planner.setting import phases, spared
 from planner.space import Space
-from planner.tiles_cpu import Combinations, beside_tiles, kinds_of
+from planner.tiles_cpu import Combinations, kinds_of, without_tiles
 
 CHECKED = 24  # combinations of tiles that are worked out for one setting, at most
 OPENED = 400  # partial ones that are looked at, at most
@@ -57,8 +57,9 @@ class Refit:
     def _on_cpu(self, choice: Choice) -> Iterator[Mapping[str, int]]:
         problem = self.problem
         kinds = kinds_of(problem, choice.tiles, phases(self.space, choice))
-        beside = beside_tiles(problem, kinds, choice.tiles, choice.images_together)
-        return Combinations(problem, kinds, self.budget - beside).fastest_first(OPENED)
+        fixed = without_tiles(problem, kinds, choice.tiles)
+        context = problem.fixed_context_bytes + problem.profile.context_error_bytes
+        return Combinations(problem, kinds, fixed, self.budget - context).fastest_first(OPENED)
 
     # --- a card ---------------------------------------------------------------------------------------------------
 

@@ -13,13 +13,13 @@ from planner.problem import Problem
 from planner.schedule import Choice
 from planner.setting import phases, plain_bound
 from planner.space import Space
-from planner.tiles_cpu import Shapes, TiledKind, beside_tiles, held_with, kinds_of
+from planner.tiles_cpu import Shapes, TiledKind, held_with, kinds_of, without_tiles
 
 
 class _Kind(NamedTuple):
     tiled: TiledKind
     shares: bool  # products with other kinds
-    least: int  # kept for the products of any of its options
+    least: int  # kept for the products of any of its options, beside those of steps without tiles
 
 
 class _Node(NamedTuple):
@@ -40,30 +40,23 @@ def in_order(space: Space, plain: Sequence[Choice]) -> Iterator[tuple[int, Choic
 def _in_order(space: Space, plain: Choice) -> Iterator[tuple[int, Choice]]:
     problem = space.problem
     kinds = kinds_of(problem, plain.tiles, phases(space, plain))
-    beside = beside_tiles(problem, kinds, plain.tiles, plain.images_together)
-    # a product that steps with and without tiles share counts with the former alone: a setting may need more than its place says
-    waiting: list[tuple[int, int, Choice]] = []
-    for number, (least, tiles) in enumerate(_combinations(problem, kinds)):
-        while waiting and waiting[0][0] <= least + beside:
-            bound, _, choice = heapq.heappop(waiting)
-            yield bound, choice
+    fixed = without_tiles(problem, kinds, plain.tiles)
+    for tiles in _combinations(problem, kinds, fixed):
         choice = replace(plain, tiles=plain.tiles.model_copy(update=tiles))
-        heapq.heappush(waiting, (plain_bound(space, choice), number, choice))
-    for bound, _, choice in sorted(waiting):
-        yield bound, choice
+        yield plain_bound(space, choice), choice
 
 
 def _combinations(
-    problem: Problem, tiled: Sequence[TiledKind]
-) -> Iterator[tuple[int, dict[str, int]]]:
-    """Every combination of tiles of these kinds, that which needs least first, with its bytes.
+    problem: Problem, tiled: Sequence[TiledKind], fixed: Shapes
+) -> Iterator[dict[str, int]]:
+    """Every combination of tiles of these kinds beside the products of steps without, that which needs least first.
 
     One kind of step after another is given its tiles, the partial combination with the least bound first.
     """
-    kinds = _kinds(problem, tiled)
+    kinds = _kinds(problem, tiled, fixed)
     rests: dict[tuple[int, Shapes], int] = {}  # kinds that share come first: few differ
     floor = max(problem.decoding_bytes, *map(_floor, _frames(tiled)))
-    heap = [_Node(0, 0, (), floor, frozenset())]
+    heap = [_Node(0, 0, (), floor, fixed)]
     pushed = 0
     while heap:
         node = heapq.heappop(heap)
@@ -72,7 +65,7 @@ def _combinations(
             tiles: dict[str, int] = {}
             for kind, number in zip(kinds, node.chosen, strict=True):
                 tiles.update(kind.tiled.options[number].tiles)
-            yield node.bound, tiles
+            yield tiles
             continue
         own = kinds[place].tiled
         for number in range(len(own.options)):
@@ -87,13 +80,14 @@ def _combinations(
             heapq.heappush(heap, _Node(bound, pushed, chosen, peak, shapes))
 
 
-def _kinds(problem: Problem, tiled: Sequence[TiledKind]) -> list[_Kind]:
+def _kinds(problem: Problem, tiled: Sequence[TiledKind], fixed: Shapes) -> list[_Kind]:
     """All kinds of steps: those without a choice, those that share products with others, the rest."""
     widths = [{shape[1:] for each in kind.shapes for shape in each} for kind in tiled]
     kinds = []
     for place, kind in enumerate(tiled):
         shares = any(widths[place] & other for n, other in enumerate(widths) if n != place)
-        kinds.append(_Kind(kind, shares, min(map(problem.kept_for, kind.shapes))))
+        least = min(problem.kept_for(each - fixed) for each in kind.shapes)
+        kinds.append(_Kind(kind, shares, least))
     return sorted(kinds, key=lambda kind: (len(kind.tiled.options) > 1, not kind.shares))
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+from planner.buffers import VISION_KINDS
 from planner.fronts import START, Option, Options, Still
 from planner.parts import Frame
 from planner.plan.tiles import Tiles
@@ -80,19 +81,26 @@ def _shapes(
     return frozenset().union(*(gemm_shapes(kind, problem.model, tiles, i, rows) for i in images))
 
 
-def beside_tiles(problem: Problem, kinds: Sequence[TiledKind], tiles: Tiles, together: bool) -> int:
-    """What any tiles of these kinds need beside what steps hold and what is kept for their products: the context with its error, and the products of the others."""
-    first = {key: value for kind in kinds for key, value in kind.options[0].tiles.items()}
-    tiled = {shape for kind in kinds for shapes in kind.shapes for shape in shapes}
-    others = problem.gemm_shapes(tiles.model_copy(update=first), together) - tiled
-    return problem.context_bytes(others) + problem.profile.context_error_bytes
+def without_tiles(problem: Problem, kinds: Sequence[TiledKind], tiles: Tiles) -> Shapes:
+    """Products that count whatever tiles these kinds have: lm_head's, decode's, and those of kinds of vision that no step is of. Short tiles may have the same."""
+    model, rows = problem.model, problem.workload.prompt_tokens
+    images, there = problem.workload.images, {kind.kind for kind in kinds}
+    found = set(gemm_shapes("lm_head", model, tiles, (), rows))
+    for text in ("self_attn", "text_mlp", "lm_head"):
+        found |= gemm_shapes(text, model, tiles, (), rows, decode=True)
+    for vision in VISION_KINDS:
+        if images and vision not in there:
+            found |= gemm_shapes(vision, model, tiles, images, rows)
+    return frozenset(found)
 
 
 class Combinations:
-    """Tiles of all kinds with which no step holds more than `limit`, with what is kept for products of tiles."""
+    """Tiles of all kinds with which no step holds more than `limit`, with what is kept for products: `fixed`, those of steps without tiles, and those of tiles."""
 
-    def __init__(self, problem: Problem, kinds: Sequence[TiledKind], limit: int) -> None:
-        self.problem, self.limit = problem, limit
+    def __init__(
+        self, problem: Problem, kinds: Sequence[TiledKind], fixed: Shapes, limit: int
+    ) -> None:
+        self.problem, self.fixed, self.limit = problem, fixed, limit
         # those that differ most come first
         self.kinds = sorted(kinds, key=lambda k: k.options[0].seconds - k.options[-1].seconds)
         widths = [{shape[1:] for each in k.shapes for shape in each} for k in self.kinds]
@@ -108,7 +116,8 @@ class Combinations:
     def fastest_first(self, most: int) -> Iterator[Mapping[str, int]]:
         """One after another, until so many partial combinations were looked at."""
         everything = tuple(tuple(range(len(kind.options))) for kind in self.kinds)
-        self._push((), 0, frozenset(), everything)
+        # the images are read before any step runs
+        self._push((), self.problem.decoding_bytes, self.fixed, everything)
         for _ in range(most):
             if not self.heap:
                 return

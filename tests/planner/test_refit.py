@@ -13,10 +13,11 @@ import pytest
 from planner.certificate import least_plan
 from planner.climb import climbed
 from planner.fronts import Option
-from planner.problem import Problem
+from planner.problem import Problem, Request
+from planner.profile import load_profile
 from planner.refit import CHECKED, Refit
 from planner.search import search
-from planner.setting import spared
+from planner.setting import plain_bound, spared
 from planner.space import Space
 
 NEAR = [1.001, 1.004]  # budgets, in proportion to the smallest
@@ -85,3 +86,22 @@ def test_a_climb_ends_at_a_faster_plan_that_fits_where_the_space_has_none(
 def test_where_no_settings_may_be_worked_out_a_climb_stays_where_it_is(optimality: Any) -> None:
     space, least = near(optimality, 1102, NEAR[0])
     assert climbed(space, least, most=0)[0] is least
+
+
+def test_on_the_cpu_products_of_decode_count_beside_prompt_tiles_that_lack_them(
+    kit: Any,
+) -> None:
+    images = [(3840, 2160)] * 2
+    # the last of 64 rows at a time is alone, as in decode; the last of 128 at a time is not
+    text = 8 + (65 - kit.workload(images, prompt=8).prompt_tokens) % 128
+    workload = kit.workload(images, prompt=text)
+    assert workload.prompt_tokens % 128 == 65
+    request, profile = Request(kit.checkpoint("3b"), workload, None), load_profile("cpu")
+    least = least_plan(Problem(request, profile))
+    problem = Problem(replace(request, budget_bytes=round(least.bound_bytes * 1.003)), profile)
+    space = Space(problem)
+    refit = Refit(space)
+    for number, (_, choice) in enumerate(refit.fitting(least.choice, float("inf")), 1):
+        assert refit.worked_out == 1 + number  # none was refused
+        assert plain_bound(space, choice) <= refit.budget
+    assert refit.worked_out > 1
