@@ -15,13 +15,29 @@ from planner.kept_code import DESCRIPTOR_BYTES, kept_bytes
 from planner.plan.shapes import Image, ModelShape
 from planner.plan.tiles import Tiles, spans, window_tiles
 from planner.plan.words import DTYPE_BYTES, Kind
+from planner.queues import Beside
 from planner.rates import CACHE_BYTES, Kernels, Measured, seconds_at
 
 # the executor's own sub-tiles
 NORM_ROWS = 256  # planner.buffers: rows of norm32
 ROPE_ROWS = 128  # planner.buffers: rows of a rope sub-tile
 WINDOWS_PER_CALL = 16  # executor.vision
+LOOPED: tuple[Kind, ...] = (
+    "self_attn",
+    "text_mlp",
+)  # of which a new token runs as many as there are layers
+# what a rested reader may take of the steps' share at once: between 6 and 10 ms for bursts of 10 to 200 MB after rests of
+# 10 to 30 ms (Linux 6.18, 2 cores)
+CREDIT_S = 0.01
 DECODED = 64  # iterations over which decode's few new pages are spread
+
+
+def _beside(measured: Measured, serial_s: float) -> Beside:
+    """How queues share the cores. What a step takes beyond its kernels is the work of one thread."""
+    compute, copy = measured.beside
+    if measured.favoured is None or measured.favoured >= compute:
+        return Beside(compute, copy)
+    return Beside(compute, copy, measured.favoured, CREDIT_S, serial_s)
 
 
 class Calls:
@@ -36,6 +52,7 @@ class Calls:
         self.steps_s = {
             kind: pair[token_bytes > CACHE_BYTES] for kind, pair in measured.step_s.items()
         }
+        self.beside = _beside(measured, min(self.steps_s[kind] for kind in LOOPED))
         rate = measured.first_touch_bytes_per_s
         self.touch_s = 1 / rate if rate else 0.0  # of one byte
         self.product = lru_cache(maxsize=4096)(self._product)

@@ -56,12 +56,11 @@ class Costs:
             # the reader takes the place of one thread
             threads = max(2, profile.threads or 2)
             self.beside = Beside((threads - 1) / threads)
-        if profile.measured:
-            self.beside = Beside(*profile.measured.beside)
         self._calls = None
         if profile.measured:
             token = sum(size for unit, size in sizes.items() if unit.startswith("text/"))
             self._calls = Calls(profile.measured, model, token)
+            self.beside = self._calls.beside
 
     def _matmul_tile(self, rows: int, fan_in: int, fan_out: int) -> float:
         flops = 2 * rows * fan_in * fan_out

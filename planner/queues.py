@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
+MOMENT = 1e-12  # seconds, less than which is none
 ITERATIONS = 3  # of the decode loop: first, steady, and one more to measure the steady period
 
 
@@ -33,10 +34,19 @@ class Loop(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """How fast each queue is while both run, in proportion to itself alone."""
+    """How fast each queue is while both run, in proportion to itself alone.
+
+    A system that shares its cores fairly leaves steps `compute` in the long run. What they had beyond that, because
+    nothing was copied, the reader may take back at once, up to `credit_s`; meanwhile steps run at `favoured`, below
+    zero where they lose more than the time that it takes. `serial_s`: of each step what one thread does, while
+    the other cores are free for the reader.
+    """
 
     compute: float = 1.0
     copy: float = 1.0
+    favoured: float = 1.0
+    credit_s: float = 0.0
+    serial_s: float = 0.0
 
 
 APART = Beside()
@@ -132,30 +142,48 @@ def walked(
         needed[job.need] = number + 1
     ends: list[float] = []
     lands: list[float] = []
-    now = 0.0
+    now, credit = 0.0, beside.credit_s
     landed, left = 0, [seconds for _, _, seconds, *_ in jobs]
-    for index, rest in enumerate(steps):
+    for index, seconds in enumerate(steps):
+        serial = min(seconds, beside.serial_s)
+        rest = seconds - serial
         while True:
             copies = landed < len(jobs) and jobs[landed].after < index
             computes = landed >= needed[index]
-            if not (copies and computes):
-                if computes:
-                    now += rest
-                    break
+            if not computes:
                 assert copies, f"step {index} waits for a copy that waits for it"
                 now += left[landed]
                 landed += 1
                 lands.append(now)
                 continue
-            compute_s, copy_s = rest / beside.compute, left[landed] / beside.copy
-            if compute_s <= copy_s:
-                now += compute_s
-                left[landed] -= compute_s * beside.copy
+            span = serial + rest
+            if span <= MOMENT:
                 break
-            now += copy_s
-            rest -= copy_s * beside.compute
-            landed += 1
-            lands.append(now)
+            if not copies:
+                now += span
+                credit = min(credit + span * (1.0 - beside.compute), beside.credit_s)
+                break
+            if serial > MOMENT:
+                share, until = 1.0, serial
+            elif credit > MOMENT:
+                share, until = beside.favoured, credit / (beside.compute - beside.favoured)
+                if share > 0.0:
+                    until = min(until, rest / share)
+            else:
+                share, until = beside.compute, rest / beside.compute
+            copy_s = left[landed] / beside.copy
+            span = min(copy_s, until)
+            now += span
+            if serial > MOMENT:
+                serial -= span
+            else:
+                rest -= span * share
+                credit += span * (share - beside.compute)
+            if copy_s <= until:
+                landed += 1
+                lands.append(now)
+            else:
+                left[landed] -= span * beside.copy
         ends.append(now)
     return ends, lands
 

@@ -183,6 +183,8 @@ class Measured(Frozen):
     image_pixels_per_s: PositiveInt  # of image files: decoded and resized
     # how fast steps and copies are while both run, in proportion to each alone: on the CPU they share the cores
     beside: tuple[Share, Share]
+    # of steps, while a unit is copied after a rest; below zero where they lose more than the copy takes (None: not measured)
+    favoured: float | None = Field(ge=-1, le=1, default=None)
 
     @model_validator(mode="after")
     def _every_kind(self) -> Measured:

@@ -67,7 +67,7 @@ FULL = Sizes(
     widths=(64, 640, 1280, 3584),
     elements=(64, 4096, 32768, 131072, 655360, 3145728, 12582912),
     buffer_bytes=512 * MIB,
-    seconds=0.03,
+    seconds=0.02,
     most_flops=2e11,
 )
 

@@ -29,6 +29,7 @@ from planner.profile import Curve, Grid, HeadDim, Kernels
 from planner.units import MIB
 
 EPS = 1e-6
+BIAS_TURNS = 3
 ANGLE_ROWS = (1, 64, 1024, 4096)
 
 
@@ -310,9 +311,13 @@ def _bias(bench: Bench, dtype: torch.dtype, elements: int) -> float:
     """What the bias adds to a product of so many results."""
     width = 256 if elements < 131072 else 1280
     rows = max(2, elements // width)
-    with_bias = _product(bench, dtype, rows, width, width, bias=True)
-    without = _product(bench, dtype, rows, width, width)
-    return max(with_bias - without, 1e-7)
+    # small beside the product: taken by turns
+    added = [
+        _product(bench, dtype, rows, width, width, bias=True)
+        - _product(bench, dtype, rows, width, width)
+        for _ in range(BIAS_TURNS)
+    ]
+    return max(statistics.median(added), 1e-7)
 
 
 def _merge(bench: Bench, dtype: torch.dtype, elements: int) -> float:

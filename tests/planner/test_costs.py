@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from planner.calls import Calls
+from planner.calls import CREDIT_S, Calls
 from planner.checkpoint.spec import builtin
 from planner.costs import Costs
 from planner.errors import InputError
@@ -22,6 +22,7 @@ from planner.plan.tiles import Tiles
 from planner.plan.words import Kind
 from planner.problem import Problem, Request
 from planner.profile import DeviceProfile, dumps, load_profile
+from planner.queues import Beside
 from planner.rates import PASSES, TURNS, Grid, HeadDim, Kernels, Measured, seconds_at
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -198,10 +199,16 @@ def test_files_count_as_cached_only_where_they_fit_beside_the_arena(model: Model
 
 
 def test_queues_share_the_cores_of_a_cpu_and_nothing_of_a_card(model: ModelShape) -> None:
-    assert Costs(model, toy(beside=(0.25, 0.75))).beside == (0.25, 0.75)
+    assert Costs(model, toy(beside=(0.25, 0.75))).beside == Beside(0.25, 0.75)
+    rested = Costs(
+        model, toy(beside=(0.5, 0.75), favoured=-0.25, step_s=dict.fromkeys(KINDS, (0.0, 0.002)))
+    ).beside
+    assert rested == Beside(0.5, 0.75, -0.25, CREDIT_S, 0.002)
+    # a figure that says nothing about rests changes nothing
+    assert Costs(model, toy(beside=(0.5, 0.75), favoured=0.5)).beside == Beside(0.5, 0.75)
     unmeasured = toy().model_copy(update={"measured": None, "threads": 4})
-    assert Costs(model, unmeasured).beside == (0.75, 1.0)
-    assert Costs(model, load_profile("rtx-5080-16gb")).beside == (1.0, 1.0)
+    assert Costs(model, unmeasured).beside == Beside(0.75)
+    assert Costs(model, load_profile("rtx-5080-16gb")).beside == Beside()
 
 
 def every_kind(costs: Costs, rows_of: Callable[[int], Any]) -> dict[str, Callable[[int], float]]:

@@ -233,15 +233,21 @@ def test_where_all_weights_come_first_the_first_step_waits_for_every_resident(ki
 def ticked(steps: list[int], jobs: list[Job], beside: Beside) -> list[float]:
     """When each step ends, by a clock that ticks and gives both queues their share of each tick."""
     tick, now, done, ended = 1 / 64, 0.0, 0, []
-    left = [float(job.seconds) for job in jobs]
+    left, credit = [float(job.seconds) for job in jobs], beside.credit_s
     for index, seconds in enumerate(steps):
-        rest = float(seconds)
+        rest, serial = float(seconds), min(float(seconds), beside.serial_s)
         while rest > 1e-9:
             copies = done < len(jobs) and jobs[done].after < index
             computes = not any(job.need == index for job in jobs[done:])
             both = copies and computes
+            share = 1.0
+            if both and serial <= 1e-9:
+                share = beside.favoured if credit > 1e-9 else beside.compute
             if computes:
-                rest -= tick * (beside.compute if both else 1)
+                rest -= tick * share
+                if not (both and serial > 1e-9):
+                    credit = min(credit + tick * (share - beside.compute), beside.credit_s)
+                serial -= tick
             if copies:
                 left[done] -= tick * (beside.copy if both else 1)
                 if left[done] <= 1e-9:
@@ -261,8 +267,11 @@ def test_queues_that_share_their_cores_give_each_its_part_of_every_moment(seed: 
     ]
     # halves and quarters, so that every event falls on a tick
     beside = Beside(draw.choice((0.5, 1.0)), draw.choice((0.5, 0.25, 1.0)))
-    found, _ = line(steps, jobs, beside)
-    assert found == pytest.approx(ticked(steps, jobs, beside), abs=0.5)
+    # with a serial part, and a reader that takes its due after a rest
+    rested = Beside(0.5, 1.0, draw.choice((0.0, 0.25, -0.5)), draw.choice((1.0, 2.0)), 0.5)
+    for shares in (beside, rested):
+        found, _ = line(steps, jobs, shares)
+        assert found == pytest.approx(ticked(steps, jobs, shares), abs=0.5)
     alone, _ = line(steps, jobs)
     assert found[-1] >= alone[-1] - 1e-9
 
@@ -283,6 +292,24 @@ def test_queues_that_do_not_slow_each_other_are_the_plain_ones(seed: int) -> Non
     shared_ends, shared_begin = line(steps, once, nearly)
     assert shared_ends == pytest.approx(ends)
     assert shared_begin == pytest.approx(begin)
+
+
+def test_a_rested_reader_takes_its_due_at_once_and_in_the_long_run_no_more() -> None:
+    """A step of 4 s, at half speed beside a copy, and a second of credit that is used up at a loss."""
+    due = Beside(0.5, 1.0, -0.5, 1.0)
+    short, long = ([Job(1, -1, seconds)] for seconds in (0.5, 100.0))
+    # half a second of copy costs three quarters: it stood still, and a quarter more
+    assert line([4.0, 0.0], short, due)[0][0] == pytest.approx(4.75)
+    # one second until the credit is gone, in which the step falls back by half; 4.5 s at half speed are left
+    assert line([4.0, 0.0], long, due)[0][0] == pytest.approx(10.0)
+    # the first second of a step is one thread's, and costs nothing
+    assert line([4.0, 0.0], long, due._replace(serial_s=1.0))[0][0] == pytest.approx(9.0)
+    # credit comes back while nothing is copied: half of each second
+    later = [Job(2, 0, 1.0)]
+    assert line([1.0, 4.0, 0.0], later, due)[0][1] == pytest.approx(1 + 4 + 1.5)
+    # the first copy takes it all; 1.5 s alone give 0.75 back, and the second runs a quarter of a second without
+    twice = [Job(1, -1, 1.0), *later]
+    assert line([1.0, 4.0, 0.0], twice, due)[0][1] == pytest.approx(2.5 + 1 + 4.25)
 
 
 def test_a_shared_loop_of_long_copies_is_slowed_by_its_steps() -> None:

@@ -43,9 +43,15 @@ def test_both_queues_are_as_busy_as_predicted_and_phases_follow_one_another(
     )
     assert both > 0.1 or device != "cpu"
     computing, copying = (
-        busy - both * (1 - speed) for busy, speed in zip(drawn.busy, beside, strict=True)
+        busy - both * (1 - speed)
+        for busy, speed in zip(drawn.busy, (beside.compute, beside.copy), strict=True)
     )
-    assert computing == pytest.approx(sum(row.compute_seconds for row in rows), rel=1e-3)
+    computed = sum(row.compute_seconds for row in rows)
+    if beside.credit_s:
+        # a step's serial part loses nothing, and what a rested reader takes costs more
+        assert computing == pytest.approx(computed, rel=0.25)
+    else:
+        assert computing == pytest.approx(computed, rel=1e-3)
     assert copying == pytest.approx(sum(row.copy_seconds for row in rows), rel=1e-3)
     for row in (drawn.compute, drawn.copies):
         for left, right in pairwise(row):
