@@ -67,8 +67,9 @@ class Frame:
     def still(self) -> dict[tuple[Kind, Kind, tuple[int, ...]], int]:
         """Of two kinds and some images: the most bytes held beside the scratch of the first, by the time that a step of the second with these images runs, one of the first having run before.
 
-        On the CPU pages stay until the phase ends: what a step has written is there beside the blocks of a later one. Where
-        a kind runs again, its scratch is none of the bytes that are alive until then.
+        On the CPU pages stay until the phase ends: what a step has written is there beside the blocks of a later one. What
+        later weights fill of a slot lies beside it too. Where a kind runs again, its scratch is none of the bytes that
+        are alive until then.
         """
         most: dict[tuple[Kind, Kind, tuple[int, ...]], int] = {}
         before: dict[Kind, int] = {}
@@ -76,10 +77,12 @@ class Frame:
         last = {kind: index for index, kind in enumerate(bare.kinds)}
         for index, kind in enumerate(bare.kinds):
             held, images = self.held[index], bare.images[index]
-            if held > before.get(kind, -1):
-                before[kind] = held
+            slack = self.live[index] - bare.unwritten[index] - held  # of slots, not yet written
+            if held + slack > before.get(kind, -1):
+                before[kind] = held + slack
             staying, host = held - bare.passing[index], bare.host[index]
-            for other, size in before.items():
+            for other, whole in before.items():
+                size = whole - slack
                 beside = host + (staying if last[other] > index and staying > size else size)
                 if beside > most.get((other, kind, images), -1):
                     most[other, kind, images] = beside
@@ -482,7 +485,11 @@ def worked(parts: Parts, choice: Choice) -> Worked:
     arrived = list(accumulate(change[:count]))
     peak = max([peak, *map(add, live, arrived)])
     if parts.problem.on_cpu:
-        beside_early = replace(vision, held=list(map(add, vision.held, arrived)))
+        beside_early = replace(
+            vision,
+            live=list(map(add, vision.live, arrived)),
+            held=list(map(add, vision.held, arrived)),
+        )
         held = max(held, parts.held("vision", beside_early, tiles))
     everything = sorted([*vision.jobs, *jobs], key=lambda job: job.need)
     return Worked(min(both([*vision_steps, *prefill_steps], everything, beside)) + rest, peak, held)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from planner.graph import build, lifetimes, live_bytes
-from planner.parts import Parts, early_starts, worked
+from planner.parts import Bare, Frame, Parts, early_starts, worked
 from planner.problem import Problem, Request
 from planner.profile import load_profile
 from planner.schedule import Choice, PhaseResidency
@@ -105,6 +105,23 @@ def test_bytes_on_the_cpu_are_never_less_than_the_closed_form_says_and_rarely_mo
     gap = exact.layout.height_bytes - exact.layout.lower_bound_bytes
     if exact.bound_bytes > exact.load_bytes + exact.error_bytes:
         assert exact.bound_bytes <= least + gap + 2**17
+
+
+def test_scratch_stays_beside_the_slot_that_later_weights_fill() -> None:
+    # one slot of 100 bytes: attention's weights fill 40 of them, those of the MLP all
+    bare = Bare(
+        kinds=["self_attn", "text_mlp", "norm"],
+        images=[()] * 3,
+        units=[40, 100, 0],
+        live=[7, 8, 9],
+        unwritten=[0, 0, 0],
+        host=[0, 0, 0],
+        passing=[0, 0, 0],
+    )
+    frame = Frame(bare, [], [], [], live=[107, 108, 9], held=[47, 108, 9])
+    assert frame.still["self_attn", "self_attn", ()] == 47
+    assert frame.still["self_attn", "text_mlp", ()] == 107
+    assert frame.still["text_mlp", "norm", ()] == 108
 
 
 def test_what_arrives_early_fits_until_it_is_used() -> None:
