@@ -8,7 +8,7 @@ call, caches, and blocks that malloc maps and gives back each time are in it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from planner.buffers import text_scratch, vision_scratch
 from planner.kept_code import DESCRIPTOR_BYTES, kept_bytes
@@ -118,8 +118,18 @@ class Calls:
         return seconds
 
     def _call(self, head_dim: int) -> float:
-        """One more call of attention for the same heads."""
+        """One more call of attention of one row."""
         return sum(share * table.call_s for table, share in self.kernels.turned(head_dim))
+
+    def _calls(self, head_dim: int, heads: int, per_call: int, rows: int, keys: int) -> float:
+        """What attention of so many heads takes in several calls beyond one over them all."""
+        if per_call >= heads:
+            return 0.0
+        seconds = 0.0
+        for table, share in self.kernels.turned(head_dim):
+            call = partial(table.beyond, rows=rows, keys=keys)
+            seconds += share * (_tiled(heads, per_call, call) - call(heads))
+        return seconds
 
     def _angles(self, where: str, rows: int, head_dim: int) -> float:
         name, elements = f"angles_{where}", rows * head_dim // 2
@@ -216,7 +226,7 @@ class Calls:
         seconds += 2 * self._angles("vision", tile, size)
         seconds += 2 * self._rope("vision", tile, width, size)
         seconds += heads * self._attend("full", size, tile, keys)
-        seconds += (-(-heads // query_heads) - 1) * self._call(size)
+        seconds += self._calls(size, heads, query_heads, tile, keys)
         seconds += _tiled(heads, query_heads, lambda n: self.elements("copy", tile * n * size))
         return seconds + self.add(tile * width)
 
@@ -252,24 +262,23 @@ class Calls:
             )
         if kind != "self_attn":
             raise AssertionError(kind)
-        more = (-(-text.kv_heads // (groups_per_call or text.kv_heads)) - 1) * self._call(
-            text.head_dim
-        )
+        groups = groups_per_call or text.kv_heads
         if rows == 1:
             return (
                 step_s
-                + more
+                + (-(-text.kv_heads // groups) - 1) * self._call(text.head_dim)
                 + self._project(1)
                 + text.kv_heads * self._attend("decode", text.head_dim, context)
             )
         seconds = step_s
-        width = text.heads * text.head_dim
+        width, per_call = text.heads * text.head_dim, text.heads // text.kv_heads * groups
         for start, stop in spans(rows, tile):
             count = stop - start
             seconds += self._project(count)
             seconds += text.heads * self._attend("causal", text.head_dim, count)
-            seconds += more * (2 if start else 1)
+            seconds += self._calls(text.head_dim, text.heads, per_call, count, count)
             if start:
+                seconds += self._calls(text.head_dim, text.heads, per_call, count, start)
                 seconds += text.heads * self._attend("full", text.head_dim, count, start)
                 seconds += self.elements("merge", count * width)
         return seconds

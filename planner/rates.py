@@ -88,11 +88,14 @@ class HeadDim(Frozen):
 
     full: (query rows, keys) without a mask. causal: rows of a square. window: rows of one window, a batch of windows
     a call. decode: keys that one row sees, for one key head and the query heads that share it. call_s: the smallest
-    whole call. rope_*, angles_*: one sub-tile, by its elements; short heads make for short inner loops.
+    whole call. rope_*, angles_*: one sub-tile, by its elements; short heads make for short inner loops. heads: of each
+    call of full. alone: a call of one head, which the cores cannot share as well (None: not measured).
     """
 
     head_dim: PositiveInt
     full: Grid
+    heads: PositiveInt | None = None
+    alone: Grid | None = None
     causal: Curve = Field(min_length=1)
     window: Curve = Field(min_length=1)
     decode: Curve = Field(min_length=1)
@@ -101,6 +104,13 @@ class HeadDim(Frozen):
     rope_text: Curve = Field(min_length=1)
     angles_vision: Curve = Field(min_length=1)
     angles_text: Curve = Field(min_length=1)
+
+    def beyond(self, heads: int, rows: int, keys: int) -> float:
+        """Seconds of a call of so many heads beyond what each takes in a call of many."""
+        if self.alone is None or self.heads is None or heads >= self.heads:
+            return self.call_s
+        more = max(0.0, self.alone.at(rows, keys) - self.full.at(rows, keys))
+        return max(self.call_s, more * (self.heads - heads) / max(1, self.heads - 1))
 
     def curves(self) -> tuple[Curve, ...]:
         """All tables by one size."""

@@ -51,7 +51,7 @@ def beside(bench: Bench, handle: int, target: Tensor, rate: int) -> Shared:
     view = memoryview(target.numpy())  # type: ignore[arg-type]
     unit = min(len(view), MIB if short else 24 * MIB)
     always = [_reading(*long, handle, view, rate) for _ in range(rounds)]
-    bursts = [_bursts(*quick, handle, view, unit) for _ in range(rounds)]
+    bursts = [_bursts(*quick, handle, view, unit) for _ in range(2 * rounds + 1)]
     compute, copy = (statistics.median(share) for share in zip(*always, strict=True))
     favoured = statistics.median(bursts)
     return Shared(_share(compute), _share(copy), round(min(compute, max(-1.0, favoured)), 3))

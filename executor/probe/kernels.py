@@ -135,10 +135,20 @@ def heads(bench: Bench, dtype: torch.dtype, size: int, count: int, groups: int) 
     sizes, scale = bench.sizes, size**-0.5
     kernel = _kernel_of(bench, dtype)
 
-    def full(rows: int, keys: int) -> float:
+    def full(rows: int, keys: int, count: int, groups: int) -> float:
         q = bench.numbers(rows, count, size, dtype=dtype)
         k, v = (bench.numbers(keys, groups, size, dtype=dtype) for _ in range(2))
         return bench.seconds(lambda: attend_rows(q, k, v, kernel=kernel, scale=scale)) / count
+
+    def grid(count: int, groups: int) -> Grid:
+        return Grid(
+            first=sizes.queries,
+            second=sizes.keys,
+            seconds=tuple(
+                tuple(full(rows, keys, count, groups) for keys in sizes.keys)
+                for rows in sizes.queries
+            ),
+        )
 
     def causal(rows: int) -> float:
         q = bench.numbers(rows, count, size, dtype=dtype)
@@ -175,11 +185,9 @@ def heads(bench: Bench, dtype: torch.dtype, size: int, count: int, groups: int) 
 
     return HeadDim(
         head_dim=size,
-        full=Grid(
-            first=sizes.queries,
-            second=sizes.keys,
-            seconds=tuple(tuple(full(rows, keys) for keys in sizes.keys) for rows in sizes.queries),
-        ),
+        full=grid(count, groups),
+        heads=count,
+        alone=grid(1, 1),
         causal=bench.curve(causal, sizes.squares),
         window=bench.curve(window, sizes.windows),
         decode=bench.curve(decode, sizes.cached),

@@ -300,3 +300,36 @@ def test_before_the_first_step_code_is_made_and_blank_weights_are_read(kit: Any)
     # the language model's largest unit is read in prefill and in decode, beside smaller ones
     largest = max(problem.unit_sizes(START.vocabulary_rows).values())
     assert more(first_touch_bytes_per_s=10**9) > 0.7 * 2 * largest / 10**9
+
+
+def test_attention_in_calls_of_few_heads_costs_what_such_calls_were_seen_to_cost() -> None:
+    grid = Grid(first=(1, 1000), second=(1, 1000), seconds=((1e-9, 1e-6), (1e-6, MS)))
+    twice = Grid(first=(1, 1000), second=(1, 1000), seconds=((3e-9, 3e-6), (3e-6, 3 * MS)))
+    plain = kernels().attention[0].model_copy(update={"full": grid, "call_s": 1e-5})
+    table = plain.model_copy(update={"heads": 5, "alone": twice})
+    # two milliseconds more for one head, none for as many as the table has
+    assert table.beyond(1, 1000, 1000) == pytest.approx(2 * MS)
+    assert table.beyond(3, 1000, 1000) == pytest.approx(MS)
+    assert table.beyond(5, 1000, 1000) == table.beyond(9, 1000, 1000) == 1e-5
+    # where one head alone was not measured, or was no slower: the smallest call
+    assert plain.beyond(1, 1000, 1000) == 1e-5
+    assert table.model_copy(update={"alone": grid}).beyond(1, 1000, 1000) == 1e-5
+
+
+def test_tiles_of_few_heads_are_slower_by_their_calls(model: ModelShape) -> None:
+    """Four calls of four heads instead of one of sixteen, each 2 ms x 12 / 15 more; the one of sixteen has no more."""
+    grid = Grid(first=(256,), second=(1024,), seconds=((MS,),))
+    head = (
+        kernels()
+        .attention[0]
+        .model_copy(
+            update={
+                "full": grid,
+                "heads": 16,
+                "alone": grid.model_copy(update={"seconds": ((3 * MS,),)}),
+            }
+        )
+    )
+    calls = Calls(measured(bits16=kernels(attention=(head,))), model, 10**9)
+    assert calls._calls(64, 16, 16, 256, 1024) == 0.0
+    assert calls._calls(64, 16, 4, 256, 1024) == pytest.approx(4 * 2 * MS * 12 / 15)
