@@ -52,7 +52,9 @@ def test_both_queues_are_as_busy_as_predicted_and_phases_follow_one_another(
         assert computing == pytest.approx(computed, rel=0.25)
     else:
         assert computing == pytest.approx(computed, rel=1e-3)
-    assert copying == pytest.approx(sum(row.copy_seconds for row in rows), rel=1e-3)
+    # what a reader has still to get back goes over from one token to the next: no two take quite the same
+    exact = 5e-3 if beside.credit_s else 1e-3
+    assert copying == pytest.approx(sum(row.copy_seconds for row in rows), rel=exact)
     for row in (drawn.compute, drawn.copies):
         for left, right in pairwise(row):
             assert left.stop <= right.start + 1e-9  # one thing at a time

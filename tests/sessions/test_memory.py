@@ -33,7 +33,8 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from planner.checkpoint import spec
-from planner.plan import Plan, question_tile
+from planner.plan import Plan
+from planner.plan.tiles import question_tile
 from executor.prepare import Request
 from executor.run import Session
 
