@@ -52,7 +52,14 @@ def gantt(plan: Plan, beside: Beside = APART) -> Gantt:
     iterations = min(ITERATIONS + 1, plan.decode_repeats) if loop else 0
     seconds = [step.seconds for step in [*plan.steps[:first], *loop * iterations]]
     jobs, once = _jobs(plan, first, iterations)
-    compute, copies = _spans(seconds, jobs, beside)
+    front = sum(copy.phase != "decode" for copy in plan.copies)
+    compute, copies = _spans(seconds[:first], jobs[:front], beside)
+    # the loop begins anew, as in the prediction: both queues idle, and the reader rested
+    begin = compute[-1][1]
+    looped = [job._replace(need=job.need - first, after=job.after - first) for job in jobs[front:]]
+    later = _spans(seconds[first:], looped, beside)
+    for queue, more in zip((compute, copies), later, strict=True):
+        queue += [(begin + start, begin + stop) for start, stop in more]
     # where all weights come first, the phases begin when they have landed
     loaded = compute[0][0] if plan.levers.order == "all_first" else 0.0
     marks = {"load": (0.0, loaded)}

@@ -8,9 +8,11 @@ import pytest
 from planner.costs import Costs
 from planner.plan import Plan
 from planner.profile import load_profile
+from planner.queues import Beside
 from planner.screen import gantt as screen
 from planner.screen import tables
 from planner.screen.gantt import BLOCKS, LETTERS, Gantt, Span, bar, columns, gantt, widths
+from planner.search import search
 
 
 @pytest.mark.parametrize(
@@ -27,8 +29,18 @@ from planner.screen.gantt import BLOCKS, LETTERS, Gantt, Span, bar, columns, gan
 def test_both_queues_are_as_busy_as_predicted_and_phases_follow_one_another(
     kit: Any, model: str, vram: str, device: str, images: tuple[str, ...], new: int
 ) -> None:
-    plan: Plan = kit.plan(model, vram, device, images, new)
-    beside = Costs(plan.model, load_profile(device)).beside
+    profile = load_profile(device)
+    plans = [(profile, kit.plan(model, vram, device, images, new))]
+    if profile.measured:
+        # a reader that is never let run before the steps: then both queues' work is exact
+        plain = profile.measured.model_copy(update={"favoured": None})
+        profile = profile.model_copy(update={"measured": plain})
+        plans.append((profile, search(kit.request(model, vram, images, new), profile)))
+    for found, plan in plans:
+        _is_as_busy_as_predicted(plan, Costs(plan.model, found).beside, device)
+
+
+def _is_as_busy_as_predicted(plan: Plan, beside: Beside, device: str) -> None:
     drawn, rows = gantt(plan, beside), plan.prediction.phases
     assert [name for name, _, _ in drawn.phases] == [row.phase for row in rows]
     assert [stop - start for _, start, stop in drawn.phases] == pytest.approx(
@@ -48,13 +60,11 @@ def test_both_queues_are_as_busy_as_predicted_and_phases_follow_one_another(
     )
     computed = sum(row.compute_seconds for row in rows)
     if beside.credit_s:
-        # a step's serial part loses nothing, and what a rested reader takes costs more
-        assert computing == pytest.approx(computed, rel=0.25)
+        # what a rested reader takes costs steps more than its share
+        assert computed * (1 - 1e-3) <= computing <= 1.05 * computed
     else:
         assert computing == pytest.approx(computed, rel=1e-3)
-    # what a reader has still to get back goes over from one token to the next: no two take quite the same
-    exact = 5e-3 if beside.credit_s else 1e-3
-    assert copying == pytest.approx(sum(row.copy_seconds for row in rows), rel=exact)
+    assert copying == pytest.approx(sum(row.copy_seconds for row in rows), rel=1e-3)
     for row in (drawn.compute, drawn.copies):
         for left, right in pairwise(row):
             assert left.stop <= right.start + 1e-9  # one thing at a time
