@@ -14,7 +14,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from streaming import drop
+from page_cache import drop
 
 from executor.files import Files
 from executor.queues import PIECE_BYTES, RING_PIECES
@@ -35,7 +35,7 @@ def main() -> None:
         for cold in (True, False):
             for readers in options.readers:
                 if cold:
-                    drop(options.file, 0, 0)
+                    drop(options.file)
                 seconds = read(options.file, size, ring, readers)
                 found.setdefault((cold, readers), []).append(size / seconds / 1e9)
     print("| threads | cold disk | page cache |")

@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from page_cache import drop, warm
 from PIL import Image
 
 from planner.checkpoint.spec import Checkpoint, read_checkpoint
@@ -264,12 +265,10 @@ def _warm(cell: Cell) -> None:
 
     What lies there is dropped before: how quickly it is read depends on how it once came there.
     """
-    for path in sorted(cell.checkpoint.glob("*.safetensors")):
-        with path.open("rb", buffering=0) as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            piece = bytearray(8 * MIB)
-            while file.readinto(piece):
-                pass
+    files = sorted(cell.checkpoint.glob("*.safetensors"))
+    for path in files:
+        drop(path)
+    warm(files)
     size = cell.plan.prediction.bound_peak_bytes
     with mmap.mmap(-1, size) as mapping:
         for start in range(0, size, mmap.PAGESIZE):

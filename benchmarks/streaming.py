@@ -14,7 +14,6 @@ a card. Exit code 1 where a phase takes longer.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
@@ -22,6 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from page_cache import drop, warm
 from PIL import Image
 
 from executor.arena import Arena
@@ -37,7 +37,6 @@ from planner.profile import load_profile
 from planner.schedule import Choice, PhaseResidency
 from planner.search import Request as PlanRequest
 from planner.search import build
-from planner.units import MIB
 from planner.workload import make_workload, parse_image
 
 PHOTO = Path(__file__).parent.parent / "examples" / "earth_3840x2160.jpg"
@@ -88,6 +87,7 @@ def main() -> int:
     parser.add_argument("--cold", action="store_true")
     options = parser.parse_args()
     checkpoint = read_checkpoint(options.checkpoint)
+    files = sorted({place.path for place in checkpoint.tensors.values()})
     worst = 0.0
     print(
         "| image | phase | streamed, GB | compute, s | reading, s | start-up, s | both, s | (both - start-up) / max |"
@@ -106,9 +106,9 @@ def main() -> int:
                 tokenizer=checkpoint.tokenizer_json,
                 stop=(),
             )
-            # how quickly it is read from the page cache depends on how it came there
-            drop_all(checkpoint)
-            worst = max(worst, _table(size, plan, request, checkpoint, options))
+            # how quickly they are read from the page cache depends on how they came there
+            _drop_all(files)
+            worst = max(worst, _table(size, plan, request, files, options))
     return int(worst > MOST)
 
 
@@ -116,7 +116,7 @@ def _table(
     size: str,
     plan: Plan,
     request: Request,
-    checkpoint: Checkpoint,
+    files: Sequence[Path],
     options: argparse.Namespace,
 ) -> float:
     """Print a size's rows; the worst ratio."""
@@ -125,9 +125,9 @@ def _table(
         for way, sink in found.items():
             device = Cold() if options.cold else CpuDevice()
             if options.cold:
-                drop_all(checkpoint)
+                _drop_all(files)
             else:
-                warm(checkpoint)
+                warm(files)
             if way == "reading":
                 sink.append(_read(plan, request, device))
             else:
@@ -222,28 +222,9 @@ def _plan(checkpoint: Checkpoint, image: Path, depth: int, tokens: int) -> Plan:
     return build(PlanRequest(checkpoint, workload, None), load_profile("cpu"), choice)
 
 
-def warm(checkpoint: Checkpoint) -> None:
-    """Read into the page cache what is no longer there: a virtual machine's host may take it back within a minute."""
-    for path in {place.path for place in checkpoint.tensors.values()}:
-        with path.open("rb", buffering=0) as file:
-            piece = bytearray(8 * MIB)
-            while file.readinto(piece):
-                pass
-
-
-def drop_all(checkpoint: Checkpoint) -> None:
-    """Take the checkpoint out of the page cache."""
-    for path in {place.path for place in checkpoint.tensors.values()}:
-        drop(path, 0, 0)
-
-
-def drop(path: Path, offset_bytes: int, size_bytes: int) -> None:
-    """Take a part of a file out of the page cache; size 0: up to its end."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(handle, offset_bytes, size_bytes, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(handle)
+def _drop_all(files: Sequence[Path]) -> None:
+    for path in files:
+        drop(path)
 
 
 if __name__ == "__main__":

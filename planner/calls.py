@@ -22,10 +22,8 @@ from planner.rates import CACHE_BYTES, Kernels, Measured, seconds_at
 NORM_ROWS = 256  # planner.buffers: rows of norm32
 ROPE_ROWS = 128  # planner.buffers: rows of a rope sub-tile
 WINDOWS_PER_CALL = 16  # executor.vision
-LOOPED: tuple[Kind, ...] = (
-    "self_attn",
-    "text_mlp",
-)  # of which a new token runs as many as there are layers
+# of which a new token runs as many as there are layers
+LOOPED: tuple[Kind, ...] = ("self_attn", "text_mlp")
 # what a rested reader may take of the steps' share at once: between 6 and 10 ms for bursts of 10 to 200 MB after rests of
 # 10 to 30 ms (Linux 6.18, 2 cores)
 CREDIT_S = 0.01
@@ -121,7 +119,7 @@ class Calls:
         """One more call of attention of one row."""
         return sum(share * table.call_s for table, share in self.kernels.turned(head_dim))
 
-    def _calls(self, head_dim: int, heads: int, per_call: int, rows: int, keys: int) -> float:
+    def _divided(self, head_dim: int, heads: int, per_call: int, rows: int, keys: int) -> float:
         """What attention of so many heads takes in several calls beyond one over them all."""
         if per_call >= heads:
             return 0.0
@@ -226,7 +224,7 @@ class Calls:
         seconds += 2 * self._angles("vision", tile, size)
         seconds += 2 * self._rope("vision", tile, width, size)
         seconds += heads * self._attend("full", size, tile, keys)
-        seconds += self._calls(size, heads, query_heads, tile, keys)
+        seconds += self._divided(size, heads, query_heads, tile, keys)
         seconds += _tiled(heads, query_heads, lambda n: self.elements("copy", tile * n * size))
         return seconds + self.add(tile * width)
 
@@ -276,9 +274,9 @@ class Calls:
             count = stop - start
             seconds += self._project(count)
             seconds += text.heads * self._attend("causal", text.head_dim, count)
-            seconds += self._calls(text.head_dim, text.heads, per_call, count, count)
+            seconds += self._divided(text.head_dim, text.heads, per_call, count, count)
             if start:
-                seconds += self._calls(text.head_dim, text.heads, per_call, count, start)
+                seconds += self._divided(text.head_dim, text.heads, per_call, count, start)
                 seconds += text.heads * self._attend("full", text.head_dim, count, start)
                 seconds += self.elements("merge", count * width)
         return seconds

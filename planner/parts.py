@@ -77,12 +77,12 @@ class Frame:
         last = {kind: index for index, kind in enumerate(bare.kinds)}
         for index, kind in enumerate(bare.kinds):
             held, images = self.held[index], bare.images[index]
-            slack = self.live[index] - bare.unwritten[index] - held  # of slots, not yet written
-            if held + slack > before.get(kind, -1):
-                before[kind] = held + slack
+            full = self.live[index] - bare.unwritten[index]  # once slots are filled
+            if full > before.get(kind, -1):
+                before[kind] = full
             staying, host = held - bare.passing[index], bare.host[index]
-            for other, whole in before.items():
-                size = whole - slack
+            for other, most_full in before.items():
+                size = most_full - (full - held)  # what is not filled yet is not there
                 beside = host + (staying if last[other] > index and staying > size else size)
                 if beside > most.get((other, kind, images), -1):
                     most[other, kind, images] = beside

@@ -163,7 +163,8 @@ def walked(
                 now += span
                 credit = min(credit + span * (1.0 - beside.compute), beside.credit_s)
                 break
-            if serial > MOMENT:
+            one_thread = serial > MOMENT
+            if one_thread:
                 share, until = 1.0, serial
             elif credit > MOMENT:
                 share, until = beside.favoured, credit / (beside.compute - beside.favoured)
@@ -174,7 +175,7 @@ def walked(
             copy_s = left[landed] / beside.copy
             span = min(copy_s, until)
             now += span
-            if serial > MOMENT:
+            if one_thread:
                 serial -= span
             else:
                 rest -= span * share

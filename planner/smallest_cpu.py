@@ -13,7 +13,7 @@ from planner.problem import Problem
 from planner.schedule import Choice
 from planner.setting import phases, plain_bound
 from planner.space import Space
-from planner.tiles_cpu import Shapes, TiledKind, held_with, kinds_of, without_tiles
+from planner.tiles_cpu import Shapes, TiledKind, held_with, kinds_of, sharing, without_tiles
 
 
 class _Kind(NamedTuple):
@@ -82,10 +82,8 @@ def _combinations(
 
 def _kinds(problem: Problem, tiled: Sequence[TiledKind], fixed: Shapes) -> list[_Kind]:
     """All kinds of steps: those without a choice, those that share products with others, the rest."""
-    widths = [{shape[1:] for each in kind.shapes for shape in each} for kind in tiled]
     kinds = []
-    for place, kind in enumerate(tiled):
-        shares = any(widths[place] & other for n, other in enumerate(widths) if n != place)
+    for kind, shares in zip(tiled, sharing(tiled), strict=True):
         least = min(problem.kept_for(each - fixed) for each in kind.shapes)
         kinds.append(_Kind(kind, shares, least))
     return sorted(kinds, key=lambda kind: (len(kind.tiled.options) > 1, not kind.shares))

@@ -94,6 +94,15 @@ def without_tiles(problem: Problem, kinds: Sequence[TiledKind], tiles: Tiles) ->
     return frozenset(found)
 
 
+def sharing(kinds: Sequence[TiledKind]) -> list[bool]:
+    """Of each kind, whether products of another kind may be the same."""
+    widths = [{shape[1:] for each in kind.shapes for shape in each} for kind in kinds]
+    return [
+        any(mine & other for n, other in enumerate(widths) if n != number)
+        for number, mine in enumerate(widths)
+    ]
+
+
 class Combinations:
     """Tiles of all kinds with which no step holds more than `limit`, with what is kept for products: `fixed`, those of steps without tiles, and those of tiles."""
 
@@ -103,11 +112,7 @@ class Combinations:
         self.problem, self.fixed, self.limit = problem, fixed, limit
         # those that differ most come first
         self.kinds = sorted(kinds, key=lambda k: k.options[0].seconds - k.options[-1].seconds)
-        widths = [{shape[1:] for each in k.shapes for shape in each} for k in self.kinds]
-        self.shares = [  # products with other kinds
-            any(mine & other for n, other in enumerate(widths) if n != number)
-            for number, mine in enumerate(widths)
-        ]
+        self.shares = sharing(self.kinds)
         self.kept = lru_cache(maxsize=None)(problem.kept_for)
         self.pair = lru_cache(maxsize=None)(self._pair)
         self.heap: list[_Node] = []

@@ -39,19 +39,13 @@ def beside(bench: Bench, handle: int, target: Tensor, rate: int) -> Shared:
         return Shared(0.5, 1.0)
     short = bench.sizes is SHORT
     # a block of a vision tower, and one of a language model with the rows of a small image
-    long, quick = (
-        (_block(bench, rows, width, heads), count)
-        for rows, width, heads, count in (
-            ((256, 64, 4, 5), (64, 64, 4, 5))
-            if short
-            else ((1024, 1280, 16, 24), (256, 1024, 8, 40))
-        )
-    )
+    long = _block(bench, *((256, 64, 4) if short else (1024, 1280, 16)))
+    quick = _block(bench, *((64, 64, 4) if short else (256, 1024, 8)))
     rounds = 1 if short else 7
     view = memoryview(target.numpy())  # type: ignore[arg-type]
     unit = min(len(view), MIB if short else 24 * MIB)
-    always = [_reading(*long, handle, view, rate) for _ in range(rounds)]
-    bursts = [_bursts(*quick, handle, view, unit) for _ in range(2 * rounds + 1)]
+    always = [_reading(long, 5 if short else 24, handle, view, rate) for _ in range(rounds)]
+    bursts = [_bursts(quick, 5 if short else 40, handle, view, unit) for _ in range(2 * rounds + 1)]
     compute, copy = (statistics.median(share) for share in zip(*always, strict=True))
     favoured = statistics.median(bursts)
     return Shared(_share(compute), _share(copy), round(min(compute, max(-1.0, favoured)), 3))

@@ -27,23 +27,12 @@ from planner.plan import Plan
 from planner.plan.tiles import Tiles
 from planner.profile import load_profile
 from planner.workload import make_workload, parse_image
+from tests.tiles import ODD
 
 PIXELS = {"min_pixels": 3136, "max_pixels": 12845056}
 NEW_TOKENS = 8
 # of checkpoints whose answers are decided by more than rounding
 SEEDS = {None: 10, "text": 7, "vision": 0}
-ODD = Tiles(
-    patch_rows=37,
-    window_rows=81,
-    query_rows=29,
-    query_heads=1,
-    vision_mlp_rows=53,
-    merger_rows=5,
-    prompt_rows=7,
-    prompt_heads=1,
-    prompt_mlp_rows=11,
-    vocabulary_rows=100,
-)
 Weights = dict[str, torch.Tensor]
 
 

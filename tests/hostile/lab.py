@@ -36,47 +36,14 @@ from planner.workload import parse_image
 from tests.hostile.device import HostileDevice
 from tests.hostile.scheduler import Blocked, Policy, Scheduler, policies
 from tests.hostile.waits import Mutant
+from tests.tiles import LARGER, ONE_WINDOW
+from tests.tiles import ODD as UNEVEN
 
 NEW_TOKENS = 4  # three rounds of decode: as many as executor.order unrolls
 PIXELS = {"min_pixels": 3136, "max_pixels": 12845056}
-WHOLE = Tiles(
-    patch_rows=10**6,
-    window_rows=10**6,
-    query_rows=10**6,
-    query_heads=4,
-    vision_mlp_rows=10**6,
-    merger_rows=10**6,
-    prompt_rows=10**6,
-    prompt_heads=2,
-    prompt_mlp_rows=10**6,
-    vocabulary_rows=640,
-)
-ODD = Tiles(
-    patch_rows=37,
-    window_rows=81,
-    query_rows=29,
-    query_heads=1,
-    vision_mlp_rows=53,
-    merger_rows=5,
-    prompt_rows=7,
-    prompt_heads=1,
-    prompt_mlp_rows=11,
-    vocabulary_rows=250,
-)
-SMALLEST = Tiles(
-    patch_rows=64,
-    window_rows=64,
-    query_rows=64,
-    query_heads=1,
-    vision_mlp_rows=64,
-    merger_rows=16,
-    prompt_rows=1,
-    prompt_heads=1,
-    prompt_mlp_rows=1,
-    vocabulary_rows=160,
-)
-
-
+WHOLE = LARGER.model_copy(update={"query_heads": 4, "prompt_heads": 2, "vocabulary_rows": 640})
+ODD = UNEVEN.model_copy(update={"vocabulary_rows": 250})
+SMALLEST = ONE_WINDOW.model_copy(update={"vocabulary_rows": 160})
 MIDDLE = SMALLEST.model_copy(update={"prompt_rows": 16, "prompt_mlp_rows": 16})
 
 

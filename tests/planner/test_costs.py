@@ -331,5 +331,5 @@ def test_tiles_of_few_heads_are_slower_by_their_calls(model: ModelShape) -> None
         )
     )
     calls = Calls(measured(bits16=kernels(attention=(head,))), model, 10**9)
-    assert calls._calls(64, 16, 16, 256, 1024) == 0.0
-    assert calls._calls(64, 16, 4, 256, 1024) == pytest.approx(4 * 2 * MS * 12 / 15)
+    assert calls._divided(64, 16, 16, 256, 1024) == 0.0
+    assert calls._divided(64, 16, 4, 256, 1024) == pytest.approx(4 * 2 * MS * 12 / 15)
