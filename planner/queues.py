@@ -48,6 +48,14 @@ class Beside(NamedTuple):
     credit_s: float = 0.0
     serial_s: float = 0.0
 
+    def least(self, compute_s: float, copy_s: float, steps: int) -> float:
+        """No order of so many steps and of copies, of so many seconds alone, ends sooner."""
+        # what one thread does of steps while something is copied; then all that both queues do at a time, or nothing
+        serial = min(steps * self.serial_s, compute_s, copy_s / self.copy)
+        both = max(min(copy_s / self.copy - serial, (compute_s - serial) / self.compute), 0.0)
+        saved = serial * self.copy + max(both * (self.compute + self.copy - 1.0), 0.0)
+        return compute_s + copy_s - saved
+
 
 APART = Beside()
 

@@ -19,7 +19,7 @@ from planner.space import Space
 from planner.tiles_cpu import Combinations, kinds_of, without_tiles
 
 CHECKED = 24  # combinations of tiles that are worked out for one setting, at most
-OPENED = 400  # partial ones that are looked at, at most
+OPENED = 2000  # partial ones that are looked at, at most
 
 PHASES: tuple[Phase, ...] = ("vision", "prefill")  # that have tiles to choose
 

@@ -5,7 +5,8 @@
     → program, graph, layout, bytes (`planner.evaluate`) → the first that fits is the fastest → Plan (`planner.assemble`)
 
 Nothing is cut off: a setting is left out only where its bound is not below the seconds of the plan. Near the smallest
-budget, and where layers are few, the plan's neighbours outside that space are tried too (`planner.climb`).
+budget, where layers are few, and where a CPU's plan is far over its bound, the plan's neighbours outside that space are
+tried too (`planner.climb`).
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ REFUSED = 3  # settings with the same residents and prompt tiles that are worked
 LACKED = 3  # settings that did not fit, after which all are given as much less room as the least of them lacked
 FOLLOWING = 80  # nodes opened after each plan found there, at most
 DIVED = 480  # nodes opened on the way to a plan where the search was cut off, at most
+CLIMBED_OVER = (
+    0.01  # over the lower bound, where a CPU's plan is climbed from; a card's gain nothing
+)
 CLIMBED_STEPS = 40_000  # steps of all settings that are worked out around a plan, at most
 BUILT = 24  # settings whose program, graph and layout are built, at most
 
@@ -57,7 +61,8 @@ def search(request: Request, device: DeviceProfile, *, compared: bool = True) ->
     steps = len(smallest.program.steps)
     weighed, built = OPENED_STEPS // steps, max(BUILT, OPENED_STEPS // 50 // steps)
     found = fastest(space, smallest, weighed_most=weighed, built_most=built)
-    if space.short or found.best is smallest:
+    gap = found.best.seconds / found.lower_bound - 1
+    if space.short or found.best is smallest or (problem.on_cpu and gap > CLIMBED_OVER):
         found = _climbed(space, found, CLIMBED_STEPS // steps)
     return assemble(
         problem,
@@ -197,7 +202,6 @@ class _Queue:
         self.heap: list[Entry] = []
         self.slope = 0.0  # by which coarser nodes are put off
         self.budget = self.problem.request.budget_bytes
-        self.refusals = REFUSED if space.short else 1
         self.weighed = self.pushed = self.built = 0
         self.lacked: list[int] = []  # bytes of room that settings lacked
         self.refused: Counter[Filling] = Counter()  # too large once worked out in full, so often
@@ -233,10 +237,7 @@ class _Queue:
                 self.extend(space.worked_fillings(node))
             else:
                 self.extend(self._settings(node, 0, None))
-        elif (
-            self.refused[(node.setting if isinstance(node, Timed) else node).filling]
-            >= self.refusals
-        ):
+        elif self.refused[(node.setting if isinstance(node, Timed) else node).filling] >= REFUSED:
             pass
         elif isinstance(node, Setting):
             if node.order != "vision_then_llm":
@@ -261,13 +262,7 @@ class _Queue:
             self.failed.add(self._key(node.choice))
             if node.choice.order == "vision_then_llm":
                 self._slower(node.setting)
-            self._retry(node.setting, found.bound_bytes - self.budget)
-            if self.problem.on_cpu and self.space.short:
-                # what pages add to the closed form differs: the next smaller setting may fit
-                filling = node.setting.filling
-                room = self.space.room(filling.decoding.root, filling.cap)
-                _, held = plain_bytes(self.space.parts, node.choice)
-                self._retry(node.setting, max(int(room) - held, 0) + 1)
+            self._retry(node.setting, node.choice, found.bound_bytes - self.budget)
         return None
 
     def extend(self, nodes: Iterator[tuple[float, Node]]) -> None:
@@ -310,13 +305,17 @@ class _Queue:
         if setting.order == "vision_then_llm":
             self._slower(setting)
         if self.slope:  # a plan is wanted soon: nothing else beside the same rest
-            self.refused[setting.filling] = self.refusals
+            self.refused[setting.filling] = REFUSED
         less = self.space.lacking(setting.filling, choice)
-        self._retry(setting, less or excess)
+        self._retry(setting, choice, less or excess)
 
-    def _retry(self, setting: Setting, excess: int) -> None:
-        """A setting that does not fit after all: the same residents of decode, or fewer, in so much less room."""
-        decoding = setting.filling.decoding
+    def _retry(self, setting: Setting, choice: Choice, excess: int) -> None:
+        """A setting that does not fit after all: the same residents of decode, or fewer, in so much less room, or in as much less as leaves none for it."""
+        filling = setting.filling
+        decoding = filling.decoding
+        live, held = plain_bytes(self.space.parts, choice)
+        left = self.space.room(decoding.root, filling.cap) - (held if self.problem.on_cpu else live)
+        excess = max(excess, int(left) + 1)
         self.lacked.append(decoding.root.less + excess)
         root = decoding.root._replace(less=decoding.root.less + excess)
         again = decoding._replace(root=root, anchor=None)

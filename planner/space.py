@@ -11,7 +11,7 @@ has worked out in full is the fastest.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
@@ -81,7 +81,7 @@ class Tower:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A setting of prefill: seconds alone, and with its residents there already."""
+    """A setting of prefill: seconds alone, and at least with its residents there already."""
 
     tiles: dict[str, int]
     frame: Frame
@@ -173,26 +173,26 @@ class Space:
             room = self.room(root, self.caps[-1]) - stack.fixed_decode
             streamed = max(stack.total - room, 0) if self.repeats else 0
             if room >= 0:
-                yield self.front_bound(root, streamed) + stack.rest_bound(depth, streamed), root
+                yield self._loop_bound(root, streamed) + stack.rest_bound(depth, streamed), root
 
     def room(self, root: Root, cap: float) -> float:
         """Bytes of the arena (on the CPU: of all that is held at a step) under a cap on bytes outside it."""
         return self.footprint.room(cap) - root.less
 
-    def front_bound(self, root: Root, streamed: float) -> float:
-        """Vision and prefill take at least so long where so many bytes of the language model are streamed in prefill."""
-        stack = self.stack(self, root.vocabulary_rows)
-        pin = stack.pin_bound(streamed)
-        if not self.problem.workload.images:
+    def front_bound(
+        self, root: Root, streamed: float, looped: float, compute: float, cap: float
+    ) -> float:
+        """Vision and prefill take at least so long where so many bytes of the language model are streamed in prefill, and so many in decode; `compute`: of the prompt's tiles."""
+        problem, stack = self.problem, self.stack(self, root.vocabulary_rows)
+        least = problem.costs.beside.least
+        pin = stack.pin_bound(looped)
+        if not problem.workload.images:
             streamed = stack.total
-        compute = self.prompt_compute + stack.small_prefill
-        prefill = max(compute, self.copied(streamed, first=True) + pin)
-        return max(self.tower_bound(root.depth, self.caps[0]) + prefill, stack.brought + pin)
-
-    def vision_seconds(self, root: Root, cap: float) -> float:
-        """Of the fastest tower."""
-        towers = self.towers(root.depth, cap, self.room(root, cap))
-        return min(towers[0].seconds) if towers else UNLIMITED
+        link, compute = self.copied(streamed, first=True), compute + stack.small_prefill
+        prefill = max(link + pin, least(compute, link, stack.steps))
+        vision, encoding, steps = self.tower_bound(root.depth, cap)
+        together = least(encoding + compute, stack.brought, steps + stack.steps)
+        return max(vision + prefill, stack.brought + pin, together)
 
     def fitting(
         self, options: Options, frame: Frame, room: float, cap: float, fixed: Taken | None = None
@@ -208,15 +208,17 @@ class Space:
 
     # --- vision ---------------------------------------------------------------------------------------------------
 
-    def _tower_bound(self, depth: int, cap: float) -> float:
-        """No tower is faster."""
+    def _tower_bound(self, depth: int, cap: float) -> tuple[float, float, int]:
+        """No tower is faster, nor has fewer seconds of steps, nor more of these."""
         if not self.problem.workload.images:
-            return 0.0
+            return 0.0, 0.0, 0
         bare = self.parts.bare_vision(True)
         once = self.copied(sum(bare.units), first=True)
         first = self.copied(bare.units[0], first=True)
-        computes = (least_seconds(options, cap) for options in self.vision.values())
-        return max(min(computes) + first, once)
+        compute = min(least_seconds(options, cap) for options in self.vision.values())
+        steps = max(len(self.parts.bare_vision(together).units) for together in self.modes)
+        least = self.problem.costs.beside.least(compute, once, steps)
+        return max(compute + first, least), compute, steps
 
     def _towers(self, depth: int, cap: float, room: float) -> list[Tower]:
         """Settings of the vision tower that fit, the fastest first."""
@@ -297,7 +299,11 @@ class Space:
         stack = self.stack(self, root.vocabulary_rows)
         streamed = stack.streamed(attn, mlp, head)
         rest = stack.rest_bound(root.depth, streamed, attn, mlp, head)
-        return self.front_bound(root, streamed) + rest, Decoding(root, attn, mlp, head)
+        return self._loop_bound(root, streamed) + rest, Decoding(root, attn, mlp, head)
+
+    def _loop_bound(self, root: Root, streamed: float) -> float:
+        """Vision and prefill take at least so long where so many bytes are streamed in decode."""
+        return self.front_bound(root, streamed, streamed, self.prompt_compute, self.caps[0])
 
     def worked_decodings(self, decoding: Decoding) -> Iterator[tuple[float, Decoding]]:
         """The same residents spread in each way, with the exact seconds of their loop; and fewer, where that admits more."""
@@ -310,7 +316,7 @@ class Space:
         fitting = False
         while not fitting:
             left = 2 * stack.layers + stack.heads - attn - mlp - head_tiles(head)[0]
-            front = self.front_bound(root, stack.streamed(attn, mlp, head))
+            front = self._loop_bound(root, stack.streamed(attn, mlp, head))
             everywhere = True  # it fits under the largest cap too
             for anchor in self.ways(attn, mlp, (stack.layers, stack.layers)):
                 anchored = Decoding(root, attn, mlp, head, anchor)
@@ -398,21 +404,20 @@ class Space:
                 for n in stack.head_numbers
                 if n <= decoding.head and (decoding.head % 2 or n % 2 == 0)
             ]
-            vision = self.tower_bound(root.depth, self.caps[0])
+            compute, cap = self.prompt_compute, self.caps[0]
             for residents in product(range(decoding.attn + 1), range(decoding.mlp + 1), fewer):
-                bound = self._filling_bound(decoding, residents, self.prompt_compute, vision, rest)
+                bound = self._filling_bound(decoding, residents, compute, cap, rest)
                 yield bound, Filling(decoding, *residents)
             return
         found: dict[tuple[int, int, int], float] = {}
         for cap in self.caps:
             room = self.room(root, cap)
-            vision = self.tower_bound(root.depth, cap)
             if peak > room:
                 continue
             for size, seconds in reversed(self.points(cap)):
                 keys = list(stack.fillings(decoding, room - stack.fixed_prefill - size))
                 for key in keys:
-                    bound = self._filling_bound(decoding, key, seconds, vision, rest)
+                    bound = self._filling_bound(decoding, key, seconds, cap, rest)
                     found[key] = min(found.get(key, UNLIMITED), bound)
                 if decoding[1:4] in keys:
                     break  # everything stays: slower tiles bring nothing
@@ -424,26 +429,20 @@ class Space:
         decoding: Decoding,
         residents: tuple[int, int, int],
         compute: float,
-        vision: float,
+        cap: float,
         rest: float,
     ) -> float:
-        stack = self.stack(self, decoding.root.vocabulary_rows)
+        root = decoding.root
+        stack = self.stack(self, root.vocabulary_rows)
         streamed = stack.streamed(*residents)
-        if not self.problem.workload.images:
-            streamed = stack.total
         looped = stack.streamed(decoding.attn, decoding.mlp, decoding.head)
-        missing = stack.streamed(*residents) - looped
-        pin = stack.pin_bound(looped)
         if self.repeats:
-            everything = missing + looped
-            first = max(stack.decode_compute, self.copied(everything, first=False))
-            period = max(
-                stack.decode_compute,
-                self.copied(everything - missing, first=False),
-            )
-            rest = max(rest, first + (self.repeats - 1) * period)
-        prefill = max(compute + stack.small_prefill, self.copied(streamed, first=True) + pin)
-        return max(vision + prefill, stack.brought + pin) + rest
+            # what is added after prefill comes in the first iteration
+            everything = self.copied(streamed, first=False)
+            least = self.problem.costs.beside.least
+            first = least(stack.decode_compute, everything, stack.steps)
+            rest = max(rest, first + (self.repeats - 1) * stack.period(looped, root.depth))
+        return self.front_bound(root, streamed, looped, compute, cap) + rest
 
     def worked_fillings(self, filling: Filling) -> Iterator[tuple[float, Filling]]:
         """The same residents spread in each way, under each cap, with the fastest prompt tiles that fit and exact seconds; and fewer residents where some cap admits none, or slower tiles than without."""
@@ -470,18 +469,15 @@ class Space:
                     continue
                 seen.add(key)
                 images = self.problem.workload.images
-                seconds = prompt.seconds_filled if images else min(prompt.seconds)
-                copied = min(tower.copy_seconds for tower in towers) + prompt.frame.copy_seconds
-                front = max(min(towers[0].seconds) + seconds, copied)
+                front = self._joined(towers, prompt) if images else min(prompt.seconds)
                 yield front + self.rest(decoding, anchored), anchored
         if everywhere or self.short or not filling.attn + filling.mlp:
             return
         fewer = (filling.attn - 1, filling.mlp, filling.head)
         if not filling.attn:
             fewer = (decoding.attn, filling.mlp - 1, filling.head)
-        compute = self.prompt_compute
-        vision = self.tower_bound(root.depth, self.caps[0])
-        bound = self._filling_bound(decoding, fewer, compute, vision, self.rest(decoding, None))
+        compute, rest = self.prompt_compute, self.rest(decoding, None)
+        bound = self._filling_bound(decoding, fewer, compute, self.caps[0], rest)
         yield bound, Filling(decoding, *fewer)
 
     def quickest(self, cap: float) -> dict[str, int] | None:
@@ -507,13 +503,15 @@ class Space:
         early = set(frame.early)
         # what is staged keeps its order
         staged = [job for number, job in enumerate(frame.jobs) if number not in early]
+        beside = self.problem.costs.beside
+        least = beside.least(sum(steps), sum(job.seconds for job in staged), len(steps))
         return Prompt(
             dict(tiles),
             frame,
             steps,
-            line(steps, staged)[0][-1],
+            max(line(steps, staged)[0][-1], least),
             sum(frame.jobs[number].seconds for number in early),
-            self.problem.costs.beside,
+            beside,
         )
 
     # --- settings -------------------------------------------------------------------------------------------------
@@ -537,13 +535,17 @@ class Space:
         )
         if not self.problem.workload.images or not filling.attn + filling.mlp + filling.head:
             return
-        overlapped = max(
-            min(tower.seconds) + prompt.seconds_filled,
-            min(t.copy_seconds for t in towers[number:]) + prompt.frame.copy_seconds,
-        )
-        yield overlapped + rest, "prefetch"
+        yield self._joined(towers[number:], prompt) + rest, "prefetch"
         compute = min(t.compute_seconds for t in towers[number:])
         yield prompt.resident_copy_seconds + compute + prompt.seconds_filled + rest, "all_first"
+
+    def _joined(self, towers: Sequence[Tower], prompt: Prompt) -> float:
+        """Vision by one of these towers, the fastest first, and prefill take at least so long where weights of one come beside the other."""
+        compute = min(tower.compute_seconds for tower in towers) + sum(prompt.steps)
+        copied = min(tower.copy_seconds for tower in towers) + prompt.frame.copy_seconds
+        steps = max(len(tower.frame.bare.units) for tower in towers) + len(prompt.steps)
+        together = self.problem.costs.beside.least(compute, copied, steps)
+        return max(min(towers[0].seconds) + prompt.seconds_filled, together)
 
     def following(self, filling: Filling, number: int, order: Order, *, soon: bool = False) -> int:
         """The number of the next slower tower that may bring something where those up to that number do not fit, or have residents of prefill wait."""

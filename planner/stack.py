@@ -64,6 +64,7 @@ class Stack:
         self.norm = bare.units[2 * self.layers + 1]
         self._heads = bare.units[2 * self.layers + 2 : -1]
         self._units = [self.attn, self.mlp] * self.layers + self._heads
+        self.steps = len(self._units) + 1
         numbers = range(2 * self.heads)
         self._head_bytes = [
             sum(self._heads[i] for i in spread(count, self.heads, anchor))
@@ -200,13 +201,22 @@ class Stack:
         if not self.space.repeats:
             return 0.0
         link = self.space.copied(streamed, first=False) if streamed else 0.0
-        period = max(self.decode_compute, link)
+        period = self.period(streamed, depth)
         if depth == 1 and attn is not None:
             # nothing is copied while what came through the one slot computes
             serial = (self.layers - attn) * self.one_attn + (self.layers - mlp) * self.one_mlp
             serial += (self.heads - head_tiles(head)[0]) * self.one_head
             period = max(period, link + serial)
         return self.space.repeats * period
+
+    def period(self, streamed: float, depth: int) -> float:
+        """An iteration of the loop takes at least so long where so many bytes are streamed."""
+        copied, beside = self.space.copied, self.space.problem.costs.beside
+        link = copied(streamed, first=False) if streamed else 0.0
+        # as many slots may have been refilled in the iteration before
+        ahead = min(depth * max(self.attn, self.mlp, *self._heads), streamed)
+        rest = copied(streamed - ahead, first=False) if streamed > ahead else 0.0
+        return max(beside.least(self.decode_compute, rest, self.steps), link)
 
 
 def whole_units(room: float, size: int, most: int) -> int:

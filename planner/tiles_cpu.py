@@ -135,11 +135,16 @@ class Combinations:
                     for key, value in kind.options[number].tiles.items()
                 }
                 continue
-            for number in node.left[0]:
-                chosen = (*node.chosen, number)
-                peak = max(self.pair(n, c, place, number) for n, c in enumerate(chosen))
-                shapes = node.shapes | self.kinds[place].shapes[number]
-                self._push(chosen, max(peak, node.peak), shapes, node.left[1:])
+            (number, *slower), *others = node.left
+            options = self.kinds[place].options
+            if slower:
+                later = options[slower[0]].seconds - options[number].seconds
+                left = (tuple(slower), *others)
+                heapq.heappush(self.heap, node._replace(seconds=node.seconds + later, left=left))
+            chosen = (*node.chosen, number)
+            peak = max(self.pair(n, c, place, number) for n, c in enumerate(chosen))
+            shapes = node.shapes | self.kinds[place].shapes[number]
+            self._push(chosen, max(peak, node.peak), shapes, tuple(others))
 
     def _push(
         self, chosen: tuple[int, ...], peak: int, shapes: Shapes, left: tuple[tuple[int, ...], ...]
