@@ -86,6 +86,8 @@ def test_the_same_request_gives_the_same_plan_byte_for_byte(kit: Any, model: str
         ("7b", "rtx-5080-16gb", PHOTO, (2, 3, 4.5, 6, 8, 10, 12, 13, 14, 14.5, 15, 16)),
         ("3b", CARD_8GB, PHOTO * 2, (2.2, 3, 4, 5, 6, 6.5, 7)),
         ("3b", "cpu", ((1280, 960),), (1.2, 2, 4, 6, 7, 8)),
+        ("3b", "cpu", ((1280, 720),), (3.7, 4.2, 4.7, 5.6)),
+        ("3b", "cpu", PHOTO * 2, (1.316, 1.32, 1.332)),
     ],
 )
 def test_more_budget_is_never_slower(

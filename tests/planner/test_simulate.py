@@ -276,6 +276,39 @@ def test_queues_that_share_their_cores_give_each_its_part_of_every_moment(seed: 
     assert found[-1] >= alone[-1] - 1e-9
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_no_order_of_the_queues_ends_before_what_they_share_of_each_moment_allows(
+    seed: int,
+) -> None:
+    draw = random.Random(seed)
+    steps = [draw.uniform(0, 2) for _ in range(8)]
+    scale = draw.choice((0.2, 1.0, 3.0))
+    seconds = [draw.uniform(0, 2) * scale for _ in range(8)]
+    compute, copy = draw.choice((0.25, 0.5, 0.75)), draw.choice((0.5, 0.75, 1.0))
+    beside = Beside(compute, copy, *draw.choice(((1.0, 0.0, 0.0), (-0.25, 0.5, 0.125))))
+    least = beside.least(sum(steps), sum(seconds), len(steps))
+    # as early as possible, and one after another: what a bound must lie below whatever the waits are
+    early = [Job(need, -1, time) for need, time in enumerate(seconds)]
+    late = [Job(need, need - 1, time) for need, time in enumerate(seconds)]
+    for jobs in early, late:
+        assert least <= line(steps, jobs, beside)[0][-1] + 1e-9
+    assert least >= max(sum(steps), sum(seconds)) - 1e-9
+
+
+def test_the_least_of_both_queues_is_reached_where_no_copy_is_waited_for() -> None:
+    """10 s of steps at half speed beside 4 s of copies: 2 s come on top."""
+    half = Beside(0.5, 1.0)
+    assert half.least(10.0, 4.0, 1) == line([10.0, 0.0], [Job(1, -1, 4.0)], half)[0][-1] == 12.0
+    # with 30 s of copies every step is done beside them
+    assert half.least(10.0, 30.0, 1) == 30.0
+    # queues of which each gets half of every moment save nothing
+    assert Beside(0.5, 0.5).least(10.0, 4.0, 1) == 14.0
+    # nor do those that get less beside one another
+    assert Beside(0.25, 0.5).least(10.0, 4.0, 1) == 14.0
+    # one second of each of two steps is one thread's and costs the steps nothing
+    assert half._replace(favoured=0.0, serial_s=1.0).least(10.0, 4.0, 2) == 11.0
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_queues_that_do_not_slow_each_other_are_the_plain_ones(seed: int) -> None:
     draw = random.Random(seed)
