@@ -1,8 +1,8 @@
 """Planning over models, budgets and images: does it fit, with which levers, and how long planning took; as markdown.
 
-    python benchmarks/planning.py [--models 3b 7b] [--sizes 1920x1080]
+    python benchmarks/planning.py [--models 3b 7b] [--sizes 1920x1080] [--device cpu]
 
-Each budget is planned for on a card of that size. "planned in" is one process's `plan`, interpreter start included.
+Each budget is planned for on a card of that size, or on one device. "planned in" is one process's `plan`, interpreter start included.
 """
 
 from __future__ import annotations
@@ -36,9 +36,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--budgets", nargs="+", default=list(CARDS), choices=list(CARDS))
+    parser.add_argument("--budgets", nargs="+", default=list(CARDS))
+    parser.add_argument("--device", help="for every budget, in place of a card of that size")
     parser.add_argument("--sizes", nargs="+", default=SIZES)
     options = parser.parse_args()
+    others = sorted(set(options.budgets) - set(CARDS))
+    if others and not options.device:
+        parser.error(
+            f"no card of {', '.join(others)} here: name one with --device, or take of {', '.join(CARDS)}"
+        )
     print(
         "| model | budget | image | bound GiB | seconds | over the lower bound | order | LLM resident in decode | planned in s |"
     )
@@ -46,15 +52,16 @@ def main() -> None:
     for model in options.models:
         for budget in options.budgets:
             for size in options.sizes:
-                print(_row(model, budget, size), flush=True)
+                device = options.device or CARDS[budget]
+                print(_row(model, budget, device, size), flush=True)
 
 
-def _row(model: str, budget: str, size: str) -> str:
+def _row(model: str, budget: str, device: str, size: str) -> str:
     words = [
         "--vram",
         budget,
         "--device",
-        CARDS[budget],
+        device,
         "--model",
         model,
         "--image",

@@ -1,8 +1,9 @@
-"""From a plan to better ones beside it, near the smallest budget.
+"""From a plan to better ones beside it.
 
 The canonical space takes for so many residents the fastest tiles that may fit, and where these do not fit after all
-gives everything less room. A few MiB above the smallest budget that leaves nothing but the plan that needs least. So
-from the plan found one lever after another is moved, with the tiles fitted anew to what each setting really needs.
+gives everything less room. A few MiB above the smallest budget that leaves nothing but the plan that needs least, and
+on the CPU, whose pages the closed form knows less well, it may leave out a few per cent elsewhere. So from the plan
+found one lever after another is moved, with the tiles fitted anew to what each setting really needs.
 """
 
 from __future__ import annotations
