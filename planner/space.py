@@ -190,7 +190,7 @@ class Space:
             streamed = stack.total
         link, compute = self.copied(streamed, first=True), compute + stack.small_prefill
         prefill = max(link + pin, least(compute, link, stack.steps))
-        vision, encoding, steps = self.tower_bound(root.depth, cap)
+        vision, encoding, steps = self.tower_bound(cap)
         together = least(encoding + compute, stack.brought, steps + stack.steps)
         return max(vision + prefill, stack.brought + pin, together)
 
@@ -208,7 +208,7 @@ class Space:
 
     # --- vision ---------------------------------------------------------------------------------------------------
 
-    def _tower_bound(self, depth: int, cap: float) -> tuple[float, float, int]:
+    def _tower_bound(self, cap: float) -> tuple[float, float, int]:
         """No tower is faster, nor has fewer seconds of steps, nor more of these."""
         if not self.problem.workload.images:
             return 0.0, 0.0, 0
