@@ -41,9 +41,7 @@ REFUSED = 3  # settings with the same residents and prompt tiles that are worked
 LACKED = 3  # settings that did not fit, after which all are given as much less room as the least of them lacked
 FOLLOWING = 80  # nodes opened after each plan found there, at most
 DIVED = 480  # nodes opened on the way to a plan where the search was cut off, at most
-CLIMBED_OVER = (
-    0.01  # in proportion to the lower bound; a CPU's plan farther over it is climbed from
-)
+CLIMBED_OVER = 0.01  # of the lower bound: a CPU's plan that lies farther over it is climbed from
 CLIMBED_STEPS = 40_000  # steps of all settings that are worked out around a plan, at most
 BUILT = 24  # settings whose program, graph and layout are built, at most
 
