@@ -5,8 +5,8 @@
     → program, graph, layout, bytes (`planner.evaluate`) → the first that fits is the fastest → Plan (`planner.assemble`)
 
 Nothing is cut off: a setting is left out only where its bound is not below the seconds of the plan. Near the smallest
-budget, where layers are few, and where a CPU's plan is far over its bound, the plan's neighbours outside that space are
-tried too (`planner.climb`).
+budget, where layers are few, and where the plan lies far over its bound, its neighbours outside that space are tried
+too (`planner.climb`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ REFUSED = 3  # settings with the same residents and prompt tiles that are worked
 LACKED = 3  # settings that did not fit, after which all are given as much less room as the least of them lacked
 FOLLOWING = 80  # nodes opened after each plan found there, at most
 DIVED = 480  # nodes opened on the way to a plan where the search was cut off, at most
-CLIMBED_OVER = 0.01  # of the lower bound: a CPU's plan that lies farther over it is climbed from
+CLIMBED_NEAR = 1.05  # times the smallest budget: plans for less are climbed from
+OVER_CPU, OVER_CARD = 0.01, 0.05  # of the lower bound: plans that lie farther over it, likewise
 CLIMBED_STEPS = 40_000  # steps of all settings that are worked out around a plan, at most
 BUILT = 24  # settings whose program, graph and layout are built, at most
 
@@ -59,8 +60,11 @@ def search(request: Request, device: DeviceProfile, *, compared: bool = True) ->
     steps = len(smallest.program.steps)
     weighed, built = OPENED_STEPS // steps, max(BUILT, OPENED_STEPS // 50 // steps)
     found = fastest(space, smallest, weighed_most=weighed, built_most=built)
-    gap = found.best.seconds / found.lower_bound - 1
-    if space.short or found.best is smallest or (problem.on_cpu and gap > CLIMBED_OVER):
+    near = budget is not None and budget < smallest.bound_bytes * CLIMBED_NEAR
+    over = found.best.seconds > found.lower_bound * (
+        1 + (OVER_CPU if problem.on_cpu else OVER_CARD)
+    )
+    if space.short or near or over:
         found = _climbed(space, found, CLIMBED_STEPS // steps)
     return assemble(
         problem,
