@@ -231,7 +231,7 @@ def _check_options(options: argparse.Namespace) -> None:
             ("--save-outputs", options.save_outputs),
         ):
             target = _numbered(path, number)
-            _check_target(option, target)
+            _check_target(option, target, [*options.image, *filter(None, [options.plan])])
             if target in written:
                 raise InputError(
                     f"{option} {target}: wanted a file of its own, found the name of another one that this run writes"
@@ -239,9 +239,9 @@ def _check_options(options: argparse.Namespace) -> None:
             written |= {target} if target else set()
 
 
-def _check_target(option: str, path: Path | None) -> None:
+def _check_target(option: str, path: Path | None, reads: Sequence[str | Path] = ()) -> None:
     if path is not None:
-        check_target(option, path)
+        check_target(option, path, reads)
 
 
 def _checkpoint(options: argparse.Namespace) -> Checkpoint:

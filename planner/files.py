@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,13 +54,18 @@ def reaching_stdout() -> Iterator[None]:
         raise RunFailed(f"stdout: cannot be written: {error.strerror}") from None
 
 
-def check_target(option: str, path: Path) -> None:
-    """Nothing, if a file can be written under this name; InputError says why not, before any work was done for it."""
+def check_target(option: str, path: Path, reads: Iterable[str | Path] = ()) -> None:
+    """Nothing, if a file can be written under this name and is none that is read; InputError says why not, before any work was done for it."""
     # os.path, not Path: a name that no file can have is no file
     if not os.path.isdir(path.parent):
         raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{option} {path}: wanted the name of a file, found a folder or a device")
+    if os.path.exists(path):
+        if any(os.path.isfile(other) and os.path.samefile(path, other) for other in reads):
+            raise InputError(
+                f"{option} {path}: wanted a file of its own, found one that is read here; name another one"
+            )
     try:
         # permissions alone do not tell: root may do anything, a file system may be read only
         with tempfile.TemporaryFile(dir=path.parent, prefix=".", suffix=".part"):

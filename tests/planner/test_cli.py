@@ -228,3 +228,15 @@ def test_an_interrupt_is_exit_code_130(
     monkeypatch.setattr("planner.search.search", interrupted)
     assert main(["--vram", "16GB"]) == 130
     assert capsys.readouterr().err == "interrupted; nothing half written\n"
+
+
+def test_a_plan_is_not_written_over_what_it_was_made_from(run: Any, tmp_path: Path) -> None:
+    profile = tmp_path / "card.json"
+    text = (Path(__file__).parents[2] / "profiles/devices/rtx-5080-16gb.json").read_bytes()
+    profile.write_bytes(text)
+    (tmp_path / "link.json").symlink_to(profile)
+    for name in ("card.json", "link.json"):
+        outcome = run("--device", str(profile), "--out", str(tmp_path / name))
+        assert outcome.code == 2
+        assert "found one that is read here" in outcome.err
+    assert profile.read_bytes() == text

@@ -132,6 +132,8 @@ def test_a_plan_that_does_not_fit_any_more_is_exit_code_3(
         (["ALL", "--record", "/nowhere/r.json"], "the folder /nowhere does not exist"),
         (["ALL", "--save-outputs", "/nowhere/o"], "the folder /nowhere does not exist"),
         (["ALL", "--record", "r.a", "--save-outputs", "r.a"], "wanted a file of its own"),
+        (["ALL", "--record", "PLAN"], "found one that is read here"),
+        (["ALL", "--save-outputs", "IMAGE"], "found one that is read here"),
         (
             ["ALL", "--prompt", "y", "--record", "r.a", "--save-outputs", "r-2.a"],
             "--record r-2.a: wanted a file of its own",
