@@ -224,6 +224,7 @@ def _check_options(options: argparse.Namespace) -> None:
     for path in options.image:
         if not os.path.isfile(path):  # also for a name that no file can have
             raise InputError(f"--image {path}: no such file")
+    read = [*options.image, *filter(None, [options.plan])]
     written: set[Path] = set()
     for number in range(1, len(options.prompt) + 1):
         for option, path in (
@@ -231,7 +232,7 @@ def _check_options(options: argparse.Namespace) -> None:
             ("--save-outputs", options.save_outputs),
         ):
             target = _numbered(path, number)
-            _check_target(option, target, [*options.image, *filter(None, [options.plan])])
+            _check_target(option, target, read)
             if target in written:
                 raise InputError(
                     f"{option} {target}: wanted a file of its own, found the name of another one that this run writes"

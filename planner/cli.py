@@ -185,9 +185,10 @@ def _plan(options: argparse.Namespace) -> None:
 
     device, budget = _device(options)
     ram = parse_bytes(options.ram, what="--ram", or_none=True) if options.ram is not None else None
+    read = [*(options.image or ()), options.device]
     for option, path in (("--out", options.out), ("--snapshot", options.snapshot)):
         if path is not None:
-            check_target(option, path, [*(options.image or ()), options.device])
+            check_target(option, path, read)
     if options.out is not None and options.snapshot is not None:
         if options.out.resolve() == options.snapshot.resolve():
             raise InputError(

@@ -59,13 +59,13 @@ def check_target(option: str, path: Path, reads: Iterable[str | Path] = ()) -> N
     # os.path, not Path: a name that no file can have is no file
     if not os.path.isdir(path.parent):
         raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
-    if os.path.exists(path) and not os.path.isfile(path):
+    there = os.path.exists(path)
+    if there and not os.path.isfile(path):
         raise InputError(f"{option} {path}: wanted the name of a file, found a folder or a device")
-    if os.path.exists(path):
-        if any(os.path.isfile(other) and os.path.samefile(path, other) for other in reads):
-            raise InputError(
-                f"{option} {path}: wanted a file of its own, found one that is read here; name another one"
-            )
+    if there and any(os.path.isfile(other) and os.path.samefile(path, other) for other in reads):
+        raise InputError(
+            f"{option} {path}: wanted a file of its own, found one that is read here; name another one"
+        )
     try:
         # permissions alone do not tell: root may do anything, a file system may be read only
         with tempfile.TemporaryFile(dir=path.parent, prefix=".", suffix=".part"):

@@ -61,10 +61,8 @@ def search(request: Request, device: DeviceProfile, *, compared: bool = True) ->
     weighed, built = OPENED_STEPS // steps, max(BUILT, OPENED_STEPS // 50 // steps)
     found = fastest(space, smallest, weighed_most=weighed, built_most=built)
     near = budget is not None and budget < smallest.bound_bytes * CLIMBED_NEAR
-    over = found.best.seconds > found.lower_bound * (
-        1 + (OVER_CPU if problem.on_cpu else OVER_CARD)
-    )
-    if space.short or near or over:
+    most = OVER_CPU if problem.on_cpu else OVER_CARD
+    if space.short or near or found.best.seconds > found.lower_bound * (1 + most):
         found = _climbed(space, found, CLIMBED_STEPS // steps)
     return assemble(
         problem,

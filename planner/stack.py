@@ -73,6 +73,7 @@ class Stack:
         few = max(self.heads, self.layers) <= TALL and self._heads[-1] < self._heads[0]
         self.head_numbers = [n for n in numbers if few or not n or n % 2]  # in order of bytes
         self.least_head = min(self._heads)
+        self.largest_unit = max(self.attn, self.mlp, *self._heads)
         self.total = sum(bare.units) - self.norm
         images = sum(parts.bare_vision(True).units) if problem.workload.images else 0
         self.brought = space.copied(images + self.total, first=True)  # every unit once, from disk
@@ -113,8 +114,8 @@ class Stack:
         problem = self.space.problem
         if not problem.pinned_bytes or not self.space.repeats:
             return 0.0
-        largest = max(self.attn, self.mlp, *self._heads)
-        return problem.costs.pin(int(min(streamed, max(problem.pinned_bytes - 2 * largest, 0))))
+        most = max(problem.pinned_bytes - 2 * self.largest_unit, 0)
+        return problem.costs.pin(int(min(streamed, most)))
 
     def head_bytes(self, number: int) -> int:
         """Of a set of resident tiles."""
@@ -200,23 +201,24 @@ class Stack:
         """Decode takes at least so long where so many bytes are streamed."""
         if not self.space.repeats:
             return 0.0
-        link = self.space.copied(streamed, first=False) if streamed else 0.0
         period = self.period(streamed, depth)
         if depth == 1 and attn is not None:
             # nothing is copied while what came through the one slot computes
             serial = (self.layers - attn) * self.one_attn + (self.layers - mlp) * self.one_mlp
             serial += (self.heads - head_tiles(head)[0]) * self.one_head
-            period = max(period, link + serial)
+            period = max(period, self._link(streamed) + serial)
         return self.space.repeats * period
 
     def period(self, streamed: float, depth: int) -> float:
         """An iteration of the loop takes at least so long where so many bytes are streamed."""
-        copied, beside = self.space.copied, self.space.problem.costs.beside
-        link = copied(streamed, first=False) if streamed else 0.0
         # as many slots may have been refilled in the iteration before
-        ahead = min(depth * max(self.attn, self.mlp, *self._heads), streamed)
-        rest = copied(streamed - ahead, first=False) if streamed > ahead else 0.0
-        return max(beside.least(self.decode_compute, rest, self.steps), link)
+        rest = self._link(max(streamed - depth * self.largest_unit, 0))
+        least = self.space.problem.costs.beside.least(self.decode_compute, rest, self.steps)
+        return max(least, self._link(streamed))
+
+    def _link(self, size_bytes: float) -> float:
+        """Copies of so many bytes take at least so long in decode."""
+        return self.space.copied(size_bytes, first=False) if size_bytes else 0.0
 
 
 def whole_units(room: float, size: int, most: int) -> int:
