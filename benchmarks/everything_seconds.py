@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from everything_parts import Combinations, Part, Vector, Vectors
 
-from planner.parts import Frame, Parts, both, early_starts
+from planner.parts import Frame, Parts
 from planner.plan.words import Order, Phase
 from planner.problem import Problem
 from planner.queues import Job
+from planner.worked import both, early_starts
 
 
 class Seconds:

@@ -11,12 +11,12 @@ from operator import itemgetter
 from planner.floor import Floor
 from planner.footprint import SMALL_BYTES, STEP_BYTES
 from planner.fronts import Option
-from planner.parts import worked
 from planner.plan.words import Kind, Phase
 from planner.schedule import Choice
 from planner.setting import phases, spared
 from planner.space import Space
 from planner.tiles_cpu import Combinations, kinds_of, without_tiles
+from planner.worked import worked
 
 CHECKED = 24  # combinations of tiles that are worked out for one setting, at most
 OPENED = 2000  # partial ones that are looked at, at most

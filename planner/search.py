@@ -23,7 +23,6 @@ from planner.climb import climbed
 from planner.errors import BudgetTooSmall
 from planner.evaluate import Evaluated, evaluate
 from planner.moves import moves, usual, usual_choice
-from planner.parts import plain_bytes
 from planner.plan import Plan
 from planner.plan.words import Order
 from planner.problem import Problem, Request
@@ -34,6 +33,7 @@ from planner.space import Filling, Space
 from planner.stack import Decoding, Root
 from planner.units import format_gib
 from planner.variants import evaluate_ordered, variants
+from planner.worked import plain_bytes
 
 OPENED_STEPS = 160_000  # steps of all nodes of the space that are opened, at most
 SLOPE, STEEPER = 1 / 256, 40  # by which refined nodes are preferred then; doubled after so many

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from planner.fronts import Options
-from planner.parts import Frame, Worked, plain_bytes, worked
+from planner.parts import Frame
 from planner.plan.words import Phase
 from planner.schedule import Choice
 from planner.space import Space
+from planner.worked import Worked, plain_bytes, worked
 
 
 def residents(space: Space, choice: Choice) -> tuple[object, ...]:

@@ -32,13 +32,14 @@ from planner.fronts import (
     prefill_options,
     vision_options,
 )
-from planner.parts import Frame, Parts, both, early_starts
+from planner.parts import Frame, Parts
 from planner.plan.program import Outside
 from planner.plan.words import Kind, Order, Phase
 from planner.problem import Problem
 from planner.queues import Beside, line
 from planner.schedule import Anchor, Choice, PhaseResidency, spread
 from planner.stack import TALL, UNLIMITED, Decoding, Root, Stack, head_tiles, residency_of
+from planner.worked import both, early_starts
 
 ANCHORS: tuple[Anchor, ...] = ("late", "early", "middle")
 DEPTHS = (1, 2, 3)

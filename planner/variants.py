@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from planner.evaluate import Evaluated, evaluate, program_of
 from planner.graph import lifetimes_of, live_bytes
-from planner.parts import early_starts
 from planner.plan.prediction import Variant
 from planner.plan.words import Order
 from planner.problem import Problem
 from planner.schedule import Choice, PhaseResidency
+from planner.worked import early_starts
 
 
 def evaluate_ordered(problem: Problem, choice: Choice, *, quick: bool = False) -> Evaluated:

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from planner.graph import build, lifetimes, live_bytes
-from planner.parts import Bare, Frame, Parts, early_starts, worked
+from planner.parts import Bare, Frame, Parts
 from planner.problem import Problem, Request
 from planner.profile import load_profile
 from planner.schedule import Choice, PhaseResidency
 from planner.space import Space
 from planner.variants import evaluate_ordered
+from planner.worked import early_starts, worked
 
 LAYERS = DEPTH = 4
 HEADS = 3

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from planner.certificate import least_plan
-from planner.parts import worked
 from planner.problem import Problem
 from planner.schedule import Choice
 from planner.search import fastest
 from planner.space import Decoding, Filling, Space
 from planner.variants import evaluate_ordered
+from planner.worked import worked
 
 EQUAL = 1e-9
 SHORT = (1004, 1041, 1085, 1107, 1117, 1133)
