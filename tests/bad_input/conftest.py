@@ -20,6 +20,7 @@ import planner.cli
 from executor.make_checkpoint import make_random_checkpoint
 
 ROOT = Path(__file__).parents[2]
+BUDGET = "1GiB"  # every run is in this process, which holds about 500 MiB once all tests are collected
 PROMPT = "What is this?"
 
 
@@ -49,7 +50,7 @@ class Kit:
 
     def plan(self, *changes: str, out: Path | None = None, model: Path | None = None) -> Outcome:
         """`plan` for the CPU; options in `changes` come last and win."""
-        given = ["--device", "cpu", "--vram", "500MiB", "--model", str(model or self.tiny)]
+        given = ["--device", "cpu", "--vram", BUDGET, "--model", str(model or self.tiny)]
         given += ["--max-new-tokens", "3", *([] if out is None else ["--out", str(out)])]
         if not {"--prompt", "--prompt-tokens"} & set(changes):
             given += ["--prompt", PROMPT]
@@ -95,7 +96,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     make_random_checkpoint("tiny", folder / "tiny")
     values = np.random.default_rng(0).integers(0, 255, (56, 84, 3), dtype=np.uint8)
     Pillow.fromarray(values).save(folder / "a.png")
-    words = ["--device", "cpu", "--vram", "500MiB", "--model", str(folder / "tiny")]
+    words = ["--device", "cpu", "--vram", BUDGET, "--model", str(folder / "tiny")]
     words += ["--image", str(folder / "a.png"), "--prompt", PROMPT, "--max-new-tokens", "3"]
     assert planner.cli.main([*words, "--out", str(folder / "plan.json")]) == 0
     return folder / "tiny", folder / "a.png", folder / "plan.json"

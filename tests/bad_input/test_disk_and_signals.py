@@ -140,7 +140,7 @@ def test_an_interrupt_while_planning_on_the_spot_ends_both_processes(
     kit: Any, start: Start
 ) -> None:
     record = kit.folder / "record.json"
-    arguments = ["--vram", "500MiB", *kit.arguments("--record", str(record))[1:]]
+    arguments = ["--vram", "1GiB", *kit.arguments("--record", str(record))[1:]]
     process = start("executor.cli", arguments, start_new_session=True)
     # planning is a process of its own
     while process.poll() is None and len(running(process.pid)) < 2:
