@@ -23,9 +23,10 @@ class _Kind(NamedTuple):
 
 
 class _Node(NamedTuple):
-    """Tiles of the first kinds; `bound`: no combination with these needs less."""
+    """Tiles of the first kinds; `bound`: no combination with these needs less. Of equal ones the most complete comes first."""
 
     bound: int
+    missing: int
     number: int
     chosen: tuple[int, ...]
     peak: int
@@ -56,7 +57,7 @@ def _combinations(
     kinds = _kinds(problem, tiled, fixed)
     rests: dict[tuple[int, Shapes], int] = {}  # kinds that share come first: few differ
     floor = max(problem.decoding_bytes, *map(_floor, _frames(tiled)))
-    heap = [_Node(0, 0, (), floor, fixed)]
+    heap = [_Node(0, len(kinds), 0, (), floor, fixed)]
     pushed = 0
     while heap:
         node = heapq.heappop(heap)
@@ -77,7 +78,8 @@ def _combinations(
                 rests[key] = problem.kept_for(shapes) + _rest(problem, kinds[place + 1 :], shapes)
             bound = peak + rests[key]
             pushed += 1
-            heapq.heappush(heap, _Node(bound, pushed, chosen, peak, shapes))
+            missing = len(kinds) - len(chosen)
+            heapq.heappush(heap, _Node(bound, missing, pushed, chosen, peak, shapes))
 
 
 def _kinds(problem: Problem, tiled: Sequence[TiledKind], fixed: Shapes) -> list[_Kind]:

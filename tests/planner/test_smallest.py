@@ -42,6 +42,19 @@ def optimality(kit: Any) -> Any:
         return importlib.import_module("optimality")
 
 
+def test_tiles_that_all_need_the_same_are_not_all_looked_at(
+    kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where reading the largest image is the peak and the library keeps nothing, any tiles do: 200,000 combinations."""
+    looked_at = []
+    known = smallest_cpu._peak
+    monkeypatch.setattr(smallest_cpu, "_peak", lambda *given: looked_at.append(1) or known(*given))
+    workload = kit.workload([(28, 28), (3840, 2160), (8000, 6000), (640, 480)], prompt=1)
+    request, profile = Request(kit.checkpoint("tiny"), workload, None), load_profile("cpu")
+    assert least_plan(Problem(request, profile)).bound_bytes < 2**30
+    assert 0 < len(looked_at) < 2000
+
+
 def check_exact(kit: Any, model: str, device: str, sizes: Any, new_tokens: int) -> None:
     workload = kit.workload(sizes, new=new_tokens)
     request, profile = Request(kit.checkpoint(model), workload, None), load_profile(device)
