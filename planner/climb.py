@@ -11,14 +11,15 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice, product
-from operator import add
+from functools import partial
+from itertools import count, islice, product, takewhile
+from operator import add, ge
 
 from planner.evaluate import Evaluated
 from planner.plan.words import Order
 from planner.refit import Refit
 from planner.schedule import Anchor, Choice, PhaseResidency
-from planner.setting import residents
+from planner.setting import residents, weighed_seconds
 from planner.space import DEPTHS, Space
 from planner.variants import evaluate_ordered
 
@@ -30,8 +31,6 @@ ORDERS: tuple[Order, ...] = ("vision_then_llm", "prefetch", "all_first")
 
 def climbed(space: Space, best: Evaluated, *, most: int) -> tuple[Evaluated, int]:
     """The plan, or a faster one that fits, and how many settings were worked out: from plan to plan, the fastest of all neighbours first, until none is faster or there were `most` settings."""
-    if space.problem.request.budget_bytes is None:
-        return best, 0
     refit = Refit(space)
     while better := _better(space, refit, best, most):
         best = better
@@ -40,7 +39,7 @@ def climbed(space: Space, best: Evaluated, *, most: int) -> tuple[Evaluated, int
 
 def _better(space: Space, refit: Refit, best: Evaluated, most: int) -> Evaluated | None:
     """The fastest neighbour that fits, if one is faster."""
-    below = best.seconds * (1 - BETTER)
+    below = weighed_seconds(space, best) * (1 - BETTER)
     # of each neighbour its next setting
     heap: list[tuple[float, int, Choice, Iterator[tuple[float, Choice]]]] = []
     for number, asked in enumerate(_distinct(space, neighbours(space, best.choice))):
@@ -52,7 +51,7 @@ def _better(space: Space, refit: Refit, best: Evaluated, most: int) -> Evaluated
     while heap:
         _, number, choice, settings = heapq.heappop(heap)
         plan = evaluate_ordered(space.problem, choice)
-        if plan.bound_bytes <= refit.budget and plan.seconds < below:
+        if plan.bound_bytes <= refit.budget and weighed_seconds(space, plan) < below:
             return plan
         if refit.worked_out < most:
             for found in _next(settings, number):
@@ -107,7 +106,7 @@ def _language(space: Space, choice: Choice) -> Iterator[tuple[PhaseResidency, Ph
     most = STEPS if space.short else 1
     steps = range(-most, most + 1)
     changes = [change for change in product(steps, repeat=3) if sum(map(abs, change)) <= most]
-    for change in changes:
+    for change in (*changes, *(_doubled(totals) if space.dear else ())):
         looped = tuple(map(add, decode, change))
         if not all(0 <= count <= total for count, total in zip(looped, totals, strict=True)):
             continue
@@ -118,6 +117,14 @@ def _language(space: Space, choice: Choice) -> Iterator[tuple[PhaseResidency, Ph
                 continue
             for mine, other in product(anchors, anchors):
                 yield _residency(looped, mine), _residency(first, other)
+
+
+def _doubled(totals: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Twice, four times and so on as many units of one class more or fewer: where residents hardly pay the best number may be far."""
+    for place, total in enumerate(totals):
+        for step in takewhile(partial(ge, total), (2**k for k in count(1))):
+            for signed in (step, -step):
+                yield tuple(signed if n == place else 0 for n in range(len(totals)))
 
 
 def _residency(counts: Sequence[int], anchor: Anchor) -> PhaseResidency:

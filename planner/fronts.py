@@ -38,9 +38,9 @@ START = Tiles(
 
 
 class Option(NamedTuple):
-    """One tile setting of one kind of step: seconds of all of the phase's steps of that kind, bytes of one of them.
+    """One tile setting of one kind of step: seconds of all of the phase's steps of that kind and of its start, bytes of one step.
 
-    `bytes`: its scratch in the arena. `outside`: the most that its blocks outside it take, and `blocks` of each group of
+    `start`: the seconds by which the run starts later than with the setting of that kind that starts soonest. `bytes`: its scratch in the arena. `outside`: the most that its blocks outside it take, and `blocks` of each group of
     images. `kept`: what the CPU's library keeps for its products.
     """
 
@@ -50,6 +50,7 @@ class Option(NamedTuple):
     tiles: Mapping[str, int]
     kept: int
     blocks: Mapping[tuple[int, ...], int]
+    start: float = 0.0
 
 
 Options = Mapping[Kind, Sequence[Option]]
@@ -243,15 +244,19 @@ def _options(
     count: int,
 ) -> list[Option]:
     found = []
-    for setting in settings:
+    whole = {"vocabulary_rows": problem.model.text.vocabulary}
+    starts = [problem.start_s(START.model_copy(update=whole | dict(s))) for s in settings]
+    for setting, start in zip(settings, starts, strict=True):
+        start -= min(starts)
         tiles = START.model_copy(update=dict(setting))
         taken = {group: problem.taken(kind, phase, tiles, group) for group in groups}
-        seconds = sum(problem.seconds(kind, phase, tiles, group, 0) for group in groups) * count
+        steps = sum(problem.seconds(kind, phase, tiles, group, 0) for group in groups) * count
         blocks = {group: outside for group, (_, outside) in taken.items()}
         kept_bytes = problem.kept_for(products(problem, kind, tiles))
         # one buffer for all groups, each group's own blocks
         scratch = max(size for size, _ in taken.values())
-        found.append(Option(seconds, scratch, max(blocks.values()), setting, kept_bytes, blocks))
+        largest = max(blocks.values())
+        found.append(Option(steps + start, scratch, largest, setting, kept_bytes, blocks, start))
     found.sort(key=lambda o: (o.seconds, o.bytes, o.outside, o.kept))
     kept: list[Option] = []
     for option in found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -66,6 +66,7 @@ class Problem:
         self.outside = lru_cache(maxsize=None)(self._outside)
         self.seconds = lru_cache(maxsize=None)(self._seconds)
         self.start_s = lru_cache(maxsize=None)(self._start_s)
+        self.primed_bytes = lru_cache(maxsize=None)(self._primed_bytes)
         self.kept_bytes = lru_cache(maxsize=None)(self._kept_bytes)
         self.fixed_context_bytes = self._fixed_context_bytes()
         ram = request.ram_bytes if request.ram_bytes is not None else profile.default_ram_bytes
@@ -162,9 +163,15 @@ class Problem:
             max(self.kept_bytes(shape) - kept_code.DESCRIPTOR_BYTES, 0) for shape in products
         )
         rows = self.workload.prompt_tokens
-        sizes = self.unit_sizes(tiles.vocabulary_rows)
-        prime = self.costs.prime(tiles, images, rows, len(products), code, _primed_bytes(sizes))
+        read = self.primed_bytes(tiles.vocabulary_rows)
+        prime = self.costs.prime(tiles, images, rows, len(products), code, read)
         return self.profile.start_s + prime
+
+    def _primed_bytes(self, vocabulary_rows: int) -> int:
+        """Weights that priming reads, one unit of each size: those of the language model in prefill and in decode."""
+        sizes = self.unit_sizes(vocabulary_rows)
+        distinct = {(unit.partition("/")[0], size) for unit, size in sizes.items()}
+        return sum(size * (2 if tower == "text" else 1) for tower, size in distinct)
 
     def seconds_of(self, step: StepDraft, tiles: Tiles, head_rows: int) -> float:
         """Seconds of a step without waiting; in decode of a mean iteration."""
@@ -251,12 +258,6 @@ class Problem:
             peak = max(peak, kept + host.peak_bytes)
             kept += host.kept_bytes
         return peak
-
-
-def _primed_bytes(sizes: Mapping[str, int]) -> int:
-    """Weights that priming reads, one unit of each size: those of the language model in prefill and in decode."""
-    distinct = {(unit.partition("/")[0], size) for unit, size in sizes.items()}
-    return sum(size * (2 if tower == "text" else 1) for tower, size in distinct)
 
 
 def kv_bytes(model: ModelShape, tokens: int) -> int:

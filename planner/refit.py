@@ -2,48 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import sys
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice, product
 from operator import itemgetter
 
-from planner.floor import Floor
+from planner.floor import Floor, Taken
 from planner.footprint import SMALL_BYTES, STEP_BYTES
-from planner.fronts import Option
+from planner.fronts import START, Option
+from planner.plan.program import Outside
 from planner.plan.words import Kind, Phase
 from planner.schedule import Choice
 from planner.setting import phases, spared
 from planner.space import Space
 from planner.tiles_cpu import Combinations, kinds_of, without_tiles
 from planner.worked import worked
+from planner.workspace import peak_bytes
 
 CHECKED = 24  # combinations of tiles that are worked out for one setting, at most
 OPENED = 2000  # partial ones that are looked at, at most
+GRAIN_BYTES = 2**17  # in which small arenas are told apart
 
 PHASES: tuple[Phase, ...] = ("vision", "prefill")  # that have tiles to choose
 
 
 class Refit:
-    """Settings of a request with a budget, with tiles fitted to what they really need."""
+    """Settings of a request with tiles fitted to what they really need; without a budget the fastest tiles."""
 
     def __init__(self, space: Space) -> None:
         self.space, self.problem = space, space.problem
-        assert self.problem.request.budget_bytes is not None
-        self.budget = self.problem.request.budget_bytes
+        budget = self.problem.request.budget_bytes
+        self.budget = sys.maxsize if budget is None else budget
         self.rooms = lru_cache(maxsize=None)(self._rooms)
         self.worked_out = 0
 
     def fitting(self, choice: Choice, below: float) -> Iterator[tuple[float, Choice]]:
         """Exact seconds, less than `below`, and the setting with tiles with which it fits by the closed form: the fastest tiles first."""
         self.worked_out += 1
-        if worked(self.space.parts, self._quickest(choice)).seconds >= below:
+        quickest = self._quickest(choice)
+        seconds = worked(self.space.parts, quickest).seconds + self.space.start(quickest.tiles)
+        if seconds >= below:
+            return
+        if self.problem.request.budget_bytes is None:
+            yield seconds, quickest
             return
         for tiles in islice(self._combinations(choice), CHECKED):
             self.worked_out += 1
             setting, found, excess = spared(self.space, _tiled(choice, tiles))
-            if found.seconds < below and excess <= 0:
-                yield found.seconds, setting
+            seconds = found.seconds + self.space.start(setting.tiles)
+            if seconds < below and excess <= 0:
+                yield seconds, setting
 
     def _quickest(self, choice: Choice) -> Choice:
         """With the fastest tiles of all."""
@@ -71,7 +82,8 @@ class Refit:
             for kind in options
         }
         found: dict[tuple[int, ...], tuple[float, Mapping[str, int]]] = {}
-        for room, classes in self.rooms(choice.images_together):
+        rooms = self.rooms(choice.images_together, choice.tiles.vocabulary_rows)
+        for room, classes in rooms:
             tiles: dict[str, int] = {}
             seconds = 0.0
             for kind, options in classes.items():
@@ -85,9 +97,12 @@ class Refit:
                 found[tuple(tiles.values())] = seconds, tiles
         return (tiles for _, tiles in sorted(found.values(), key=itemgetter(0)))
 
-    def _rooms(self, together: bool) -> list[tuple[int, Mapping[Kind, list[Option]]]]:
+    def _rooms(
+        self, together: bool, vocabulary_rows: int
+    ) -> list[tuple[int, Mapping[Kind, list[Option]]]]:
         """Of each combination of blocks beside the arena the bytes that it may have, and the options of each kind of step."""
-        floor = Floor(self.problem)
+        floor, fixed = Floor(self.problem), self._fixed_blocks(vocabulary_rows)
+        always = floor.taken(0, max(map(peak_bytes, fixed)), fixed)
         kinds = {
             kind: [
                 (floor.taken(0, options[0].outside, blocks), options) for blocks, options in found
@@ -97,11 +112,36 @@ class Refit:
         }
         rooms: list[tuple[int, Mapping[Kind, list[Option]]]] = []
         for combination in product(*kinds.values()):
-            beside = floor.beside([taken for taken, _ in combination])
-            # a small arena shares segments with blocks
-            room = max((self.budget - beside) // STEP_BYTES * STEP_BYTES, SMALL_BYTES)
+            room = self._room(floor, [always, *map(itemgetter(0), combination)])
             rooms.append((room, dict(zip(kinds, map(itemgetter(1), combination), strict=True))))
         return rooms
+
+    def _room(self, floor: Floor, taken: Sequence[Taken]) -> int:
+        """The largest arena beside steps that take these blocks."""
+        room = (self.budget - floor.beside(taken)) // STEP_BYTES * STEP_BYTES
+        if room >= SMALL_BYTES:
+            return room
+
+        def needed(arena: int) -> int:
+            return floor.bytes([Taken(arena, 0, 0, 0, 0), *taken])
+
+        # a small one shares segments with blocks
+        sizes = range(0, SMALL_BYTES, GRAIN_BYTES)
+        return sizes[max(bisect_right(sizes, self.budget, key=needed) - 1, 0)]
+
+    def _fixed_blocks(self, vocabulary_rows: int) -> list[tuple[Outside, ...]]:
+        """Blocks outside the arena of the language model's steps that have no tiles to choose."""
+        parts, tiles = (
+            self.space.parts,
+            START.model_copy(update={"vocabulary_rows": vocabulary_rows}),
+        )
+        phases: list[tuple[Phase, bool]] = [("prefill", False), ("decode", True)]
+        return [
+            self.problem.outside(kind, phase, tiles, ())
+            for phase, looped in phases[: 2 if parts.repeats else 1]
+            for kind in dict.fromkeys(parts.bare_text(looped, vocabulary_rows).kinds)
+            if kind not in self.space.options(phase, True)
+        ]
 
 
 def _tiled(choice: Choice, tiles: Mapping[str, int]) -> Choice:

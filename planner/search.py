@@ -28,7 +28,7 @@ from planner.plan.words import Order
 from planner.problem import Problem, Request
 from planner.profile import DeviceProfile
 from planner.schedule import Choice
-from planner.setting import residents, spared
+from planner.setting import residents, spared, weighed_seconds
 from planner.space import Filling, Space
 from planner.stack import Decoding, Root
 from planner.units import format_gib
@@ -62,12 +62,16 @@ def search(request: Request, device: DeviceProfile, *, compared: bool = True) ->
     found = fastest(space, smallest, weighed_most=weighed, built_most=built)
     near = budget is not None and budget < smallest.bound_bytes * CLIMBED_NEAR
     most = OVER_CPU if problem.on_cpu else OVER_CARD
-    if space.short or near or found.best.seconds > found.lower_bound * (1 + most):
+    if space.dear:
+        # of other residents than those of the space nothing is known but what none of them undercuts
+        bound = min(bound for bound, _ in space.roots())
+        found = found._replace(lower_bound=min(found.lower_bound, bound))
+    if space.short or near or weighed_seconds(space, found.best) > found.lower_bound * (1 + most):
         found = _climbed(space, found, CLIMBED_STEPS // steps)
     return assemble(
         problem,
         found.best,
-        lower_bound=found.lower_bound,
+        lower_bound=found.lower_bound - space.start(found.best.choice.tiles),
         candidates=found.weighed,
         smallest_bytes=smallest.bound_bytes,
         variants=(*variants(problem, found.best), usual(problem)) if compared else (),
@@ -110,6 +114,8 @@ def usual_way(request: Request, device: DeviceProfile) -> Plan:
 
 
 class Found(NamedTuple):
+    """`lower_bound`: with what tiles add to the start, as all seconds that the search compares."""
+
     best: Evaluated
     weighed: int  # nodes of the space that were looked at
     lower_bound: float
@@ -151,31 +157,32 @@ def fastest(
 
     After `weighed_most` nodes, or `built_most` plans that did not fit, a plan near the least bound; the bound stays true.
     """
-    queue = _Queue(space)
+    queue, known = _Queue(space), weighed_seconds(space, smallest)
     while queue.heap:
         if queue.weighed >= weighed_most or queue.built >= built_most:
-            lower_bound = min(smallest.seconds, queue.heap[0].bound)
+            lower_bound = min(known, queue.heap[0].bound)
             best = _dive(space, queue, smallest)
             return Found(best, queue.weighed, lower_bound, queue.built)
         entry = heapq.heappop(queue.heap)
-        if entry.bound >= smallest.seconds:
+        if entry.bound >= known:
             break
         found = queue.open(entry.node)
         if found:
             return Found(found, queue.weighed, entry.bound, queue.built)
-    return Found(smallest, queue.weighed, smallest.seconds, queue.built)
+    return Found(smallest, queue.weighed, known, queue.built)
 
 
 def _climbed(space: Space, found: Found, most: int) -> Found:
     """The same, or better where the space has left out what would fit."""
     best, weighed = climbed(space, found.best, most=most)
-    bound = min(found.lower_bound, best.seconds)
+    bound = min(found.lower_bound, weighed_seconds(space, best))
     return found._replace(best=best, weighed=found.weighed + weighed, lower_bound=bound)
 
 
 def _dive(space: Space, queue: _Queue, smallest: Evaluated) -> Evaluated:
     """A plan near the least bound: refined nodes are preferred, in as much less room as the last ones lacked; and the better ones that soon follow it."""
     less, best, until = 0, smallest, DIVED
+    least = weighed_seconds(space, smallest)
     for opened in range(DIVED):
         if opened % STEEPER == 0:
             queue.prefer_refined(SLOPE * 2 ** (opened // STEEPER))
@@ -187,9 +194,10 @@ def _dive(space: Space, queue: _Queue, smallest: Evaluated) -> Evaluated:
         if not queue.heap or opened >= until:
             break
         entry = heapq.heappop(queue.heap)
-        found = queue.open(entry.node) if entry.bound < best.seconds else None
-        if found and found.seconds < best.seconds:
+        found = queue.open(entry.node) if entry.bound < least else None
+        if found and weighed_seconds(space, found) < least:
             best, until = found, opened + FOLLOWING
+            least = weighed_seconds(space, found)
     return best
 
 
@@ -298,7 +306,7 @@ class _Queue:
         choice, found, excess = spared(self.space, choice)
         if excess <= 0:
             if not self._has_failed(choice):
-                self.push(found.seconds, Timed(setting, choice))
+                self.push(found.seconds + self.space.start(choice.tiles), Timed(setting, choice))
             return
         if setting.order == "all_first":  # it holds what others do not
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from planner.evaluate import Evaluated
 from planner.fronts import Options
 from planner.parts import Frame
 from planner.plan.words import Phase
@@ -38,6 +39,11 @@ def phases(space: Space, choice: Choice) -> list[tuple[Phase, Frame, Options]]:
 def plain_bound(space: Space, choice: Choice) -> int:
     """Device bytes by the closed form, with vision before the language model."""
     return space.footprint.bound(choice, *plain_bytes(space.parts, choice))
+
+
+def weighed_seconds(space: Space, found: Evaluated) -> float:
+    """Seconds by which plans are compared: with what their tiles add to the start."""
+    return found.seconds + space.start(found.choice.tiles)
 
 
 def spared(space: Space, choice: Choice) -> tuple[Choice, Worked, int]:

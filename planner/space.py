@@ -11,11 +11,11 @@ has worked out in full is the fastest.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
-from operator import le
+from operator import le, mul
 from typing import NamedTuple
 
 from planner.footprint import Footprint
@@ -34,6 +34,7 @@ from planner.fronts import (
 )
 from planner.parts import Frame, Parts
 from planner.plan.program import Outside
+from planner.plan.tiles import Tiles
 from planner.plan.words import Kind, Order, Phase
 from planner.problem import Problem
 from planner.queues import Beside, line
@@ -43,6 +44,7 @@ from planner.worked import both, early_starts
 
 ANCHORS: tuple[Anchor, ...] = ("late", "early", "middle")
 DEPTHS = (1, 2, 3)
+GB = 10**9
 VISION_SHARES = 2  # residents of the vision tower are counted in halves of it
 
 
@@ -66,7 +68,7 @@ class Filling(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Tower:
-    """A setting of the vision tower, and its seconds where nothing else is under way."""
+    """A setting of the vision tower, and its seconds where nothing else is under way; both kinds with what its tiles add to the start."""
 
     together: bool
     residency: PhaseResidency
@@ -82,18 +84,20 @@ class Tower:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A setting of prefill: seconds alone, and at least with its residents there already."""
+    """A setting of prefill: seconds alone, and at least with its residents there already, with what its tiles add to the `start`."""
 
     tiles: dict[str, int]
     frame: Frame
     steps: list[float]
+    start: float
     seconds_filled: float
     resident_copy_seconds: float
     beside: Beside
 
     @cached_property
     def seconds(self) -> tuple[float, float]:
-        return both(self.steps, self.frame.jobs, self.beside)
+        patient, other = both(self.steps, self.frame.jobs, self.beside)
+        return self.start + patient, self.start + other
 
 
 class Space:
@@ -117,6 +121,7 @@ class Space:
         self.tower_bound = lru_cache(maxsize=None)(self._tower_bound)
         self.stack = lru_cache(maxsize=None)(Stack)
         self.points = lru_cache(maxsize=None)(self._points)
+        self.prompts = lru_cache(maxsize=None)(self._prompts)
         self.prompt = lru_cache(maxsize=None)(self._prompt)
         self.prompted = lru_cache(maxsize=None)(self._prompted)
         self.tower_live = lru_cache(maxsize=None)(self._tower_live)
@@ -128,6 +133,9 @@ class Space:
         # as many slots as units of a class may stage all of them
         self.short = layers <= max(DEPTHS)
         self.anchors: tuple[Anchor, ...] = ("early",) if layers > TALL else ANCHORS
+        # new pages for a resident take longer to clear than it saves: as few as may be count too, not only as many as fit
+        saved = self.repeats * self.copied(GB, first=False)
+        self.dear = problem.costs.touch(GB) > saved
         self.ways = lru_cache(maxsize=None)(self._ways)
 
     def _ways(self, attn: int, mlp: int, among: tuple[int, int]) -> list[Anchor]:
@@ -144,6 +152,31 @@ class Space:
         if phase == "decode":
             return {}
         return self.vision[together] if phase == "vision" else self.prefill
+
+    def started(self, options: Options, tiles: Mapping[str, int]) -> float:
+        """By how many seconds these tiles of a phase start the run later than those that start it soonest."""
+        chosen = ({key: tiles[key] for key in found[0].tiles} for found in options.values())
+        return sum(
+            next(o.start for o in found if o.tiles == mine)
+            for found, mine in zip(options.values(), chosen, strict=True)
+        )
+
+    def start(self, tiles: Tiles) -> float:
+        """The same of all tiles; products that two kinds of steps share are made once."""
+        return self.problem.start_s(tiles) - self.soonest
+
+    @cached_property
+    def soonest(self) -> float:
+        """Seconds of the start with the tiles that start soonest, of each kind alone."""
+        options = {**self.prefill, **self.vision[self.modes[0]]}
+        tiles = {key: value for found in options.values() for key, value in found[0].tiles.items()}
+        rows = self.vocabulary_rows()[0]
+        chosen = START.model_copy(update=tiles | {"vocabulary_rows": rows})
+        return (
+            self.problem.start_s(chosen)
+            - self.started(options, tiles)
+            - self.stack(self, rows).start
+        )
 
     def copied(self, size_bytes: float, *, first: bool) -> float:
         """At least so many seconds does a copy of so many bytes take."""
@@ -174,26 +207,47 @@ class Space:
             room = self.room(root, self.caps[-1]) - stack.fixed_decode
             streamed = max(stack.total - room, 0) if self.repeats else 0
             if room >= 0:
-                yield self._loop_bound(root, streamed) + stack.rest_bound(depth, streamed), root
+                everything = stack.layers, stack.layers
+                rest = stack.rest_bound(depth, streamed)
+                yield self._bound(root, streamed, rest, everything), root
 
     def room(self, root: Root, cap: float) -> float:
         """Bytes of the arena (on the CPU: of all that is held at a step) under a cap on bytes outside it."""
         return self.footprint.room(cap) - root.less
 
     def front_bound(
-        self, root: Root, streamed: float, looped: float, compute: float, cap: float
+        self,
+        root: Root,
+        streamed: float,
+        looped: float,
+        compute: float,
+        cap: float,
+        *,
+        residents: tuple[int, int],
+        cleared: float = 0.0,
     ) -> float:
-        """Vision and prefill take at least so long where so many bytes of the language model are streamed in prefill, and so many in decode; `compute`: of the prompt's tiles."""
+        """Vision and prefill take at least so long where so many bytes of the language model are streamed in prefill, and so many in decode.
+
+        `compute`: of the prompt's tiles; `residents`: attention and MLP halves, at most; `cleared`: of new pages for them.
+        """
         problem, stack = self.problem, self.stack(self, root.vocabulary_rows)
         least = problem.costs.beside.least
-        pin = stack.pin_bound(looped)
+        pin, brought = stack.pin_bound(looped), stack.brought + cleared
+        link = self.copied(streamed, first=True)
+        serial = 0.0
+        if root.depth == 1:
+            # nothing is copied while what came through the only slot computes
+            shares = [1 - count / stack.layers for count in residents]
+            least_of = [self.prefill[kind][0].seconds for kind in ("self_attn", "text_mlp")]
+            slower = max(compute - sum(least_of), 0.0) * min(shares)
+            serial = link + sum(map(mul, shares, least_of)) + slower
+        compute += stack.small_prefill
         if not problem.workload.images:
-            streamed = stack.total
-        link, compute = self.copied(streamed, first=True), compute + stack.small_prefill
-        prefill = max(link + pin, least(compute, link, stack.steps))
+            link = self.copied(stack.total, first=True) + cleared
+        prefill = max(link + pin, least(compute, link, stack.steps), serial)
         vision, encoding, steps = self.tower_bound(cap)
-        together = least(encoding + compute, stack.brought, steps + stack.steps)
-        return max(vision + prefill, stack.brought + pin, together)
+        together = least(encoding + compute, brought, steps + stack.steps)
+        return max(vision + prefill, brought + pin, together)
 
     def fitting(
         self, options: Options, frame: Frame, room: float, cap: float, fixed: Taken | None = None
@@ -238,8 +292,11 @@ class Space:
                     if tiles is None or key in found:
                         continue
                     steps = self.parts.seconds("vision", frame.bare, START.model_copy(update=tiles))
-                    seconds = both(steps, frame.jobs, self.problem.costs.beside)
-                    found[key] = Tower(together, residency, tiles, frame, seconds, sum(steps))
+                    start = self.started(options, tiles)
+                    patient, other = both(steps, frame.jobs, self.problem.costs.beside)
+                    seconds = start + patient, start + other
+                    compute = start + sum(steps)
+                    found[key] = Tower(together, residency, tiles, frame, seconds, compute)
         towers = list(found.values())
         # of equally fast ones that which stages least
         towers.sort(key=lambda t: -t.residency.attn - t.residency.mlp)
@@ -270,6 +327,8 @@ class Space:
         for mlp in range(layers, -1, -1):
             if (yield from self._fewer_heads(root, mlp, everything)) == everything:
                 break  # fewer MLP halves would only leave room
+        if self.dear:
+            yield self._decoding(root, 0, 0, 0)
 
     def _fewer_heads(
         self, root: Root, mlp: int, most: int
@@ -300,11 +359,54 @@ class Space:
         stack = self.stack(self, root.vocabulary_rows)
         streamed = stack.streamed(attn, mlp, head)
         rest = stack.rest_bound(root.depth, streamed, attn, mlp, head)
-        return self._loop_bound(root, streamed) + rest, Decoding(root, attn, mlp, head)
+        bound = self._bound(root, streamed, rest, (attn, mlp))
+        return bound, Decoding(root, attn, mlp, head)
 
-    def _loop_bound(self, root: Root, streamed: float) -> float:
-        """Vision and prefill take at least so long where so many bytes are streamed in decode."""
-        return self.front_bound(root, streamed, streamed, self.prompt_compute, self.caps[0])
+    def _bound(self, root: Root, looped: float, rest: float, residents: tuple[int, int]) -> float:
+        """All takes at least so long where so many bytes are streamed in decode, which takes `rest` where its residents, at most so many attention and MLP halves, are there before."""
+        best = UNLIMITED
+        for least, compute in self.prompts(root):
+            streamed = max(looped, least)
+            cap = self.caps[0]
+            front = self.front_bound(root, streamed, looped, compute, cap, residents=residents)
+            best = min(best, front + max(rest, self._loop_bound(root, streamed, looped)))
+            if least <= looped:
+                break  # slower tiles would only leave room
+        return (
+            max(best, self._cleared_bound(root, looped))
+            + self.stack(self, root.vocabulary_rows).start
+        )
+
+    def _prompts(self, root: Root) -> list[tuple[float, float]]:
+        """How many bytes are streamed in prefill at least, and seconds of the prompt's tiles: more bytes, fewer seconds."""
+        stack = self.stack(self, root.vocabulary_rows)
+        if stack.lax:
+            return [(0.0, self.prompt_compute)]
+        room = self.room(root, self.caps[-1]) - stack.fixed_prefill
+        fitting = [(size, seconds) for size, seconds in self.points(self.caps[0]) if size <= room]
+        return [(stack.total - room + size, seconds) for size, seconds in reversed(fitting)]
+
+    def _loop_bound(self, root: Root, streamed: float, looped: float) -> float:
+        """Decode takes at least so long where so many bytes are streamed in prefill, and so many in decode."""
+        if not self.repeats:
+            return 0.0
+        stack, costs = self.stack(self, root.vocabulary_rows), self.problem.costs
+        # what is added after prefill comes in the first iteration, into new pages
+        copied = self.copied(streamed, first=False) + costs.touch(int(streamed - looped))
+        first = costs.beside.least(stack.decode_compute, copied, stack.steps)
+        return first + (self.repeats - 1) * stack.period(looped, root.depth)
+
+    def _cleared_bound(self, root: Root, looped: float) -> float:
+        """All takes at least so long where so many bytes are streamed in decode: new pages for the others are cleared before its first iteration ends."""
+        stack = self.stack(self, root.vocabulary_rows)
+        cleared = self.problem.costs.touch(int(stack.total - looped))
+        if not cleared or not self.repeats:
+            return 0.0
+        _, encoding, steps = self.tower_bound(self.caps[0])
+        compute = encoding + self.prompt_compute + stack.small_prefill + stack.decode_compute
+        copied = stack.brought + cleared + (self.copied(looped, first=False) if looped else 0.0)
+        first = self.problem.costs.beside.least(compute, copied, steps + 2 * stack.steps)
+        return first + (self.repeats - 1) * stack.period(looped, root.depth)
 
     def worked_decodings(self, decoding: Decoding) -> Iterator[tuple[float, Decoding]]:
         """The same residents spread in each way, with the exact seconds of their loop; and fewer, where that admits more."""
@@ -317,7 +419,7 @@ class Space:
         fitting = False
         while not fitting:
             left = 2 * stack.layers + stack.heads - attn - mlp - head_tiles(head)[0]
-            front = self._loop_bound(root, stack.streamed(attn, mlp, head))
+            streamed = stack.streamed(attn, mlp, head)
             everywhere = True  # it fits under the largest cap too
             for anchor in self.ways(attn, mlp, (stack.layers, stack.layers)):
                 anchored = Decoding(root, attn, mlp, head, anchor)
@@ -325,7 +427,8 @@ class Space:
                 # with as many slots as units they could as well be resident
                 if peak <= most and (not left or left > root.depth):
                     fitting = True
-                    yield front + self.rest(anchored, None), anchored
+                    rest = self.rest(anchored, None)
+                    yield self._bound(root, streamed, rest, (attn, mlp)), anchored
                 everywhere &= peak <= least
             if attn == stack.layers and not (fitting and everywhere):
                 yield from self._fewer_others(root, mlp, head)
@@ -335,13 +438,17 @@ class Space:
         if not everywhere:
             yield self._decoding(root, attn, mlp, head)
 
-    def rest(self, decoding: Decoding, filling: Filling | None) -> float:
-        """Seconds of decode, exactly."""
+    def rest(
+        self, decoding: Decoding, filling: Filling | None, prompt: Prompt | None = None
+    ) -> float:
+        """Seconds of decode, exactly; at least so many where the prompt's tiles, whose heads it shares, are not known."""
         if not self.repeats:
             return 0.0
         residency = decoding.residency()
         before = filling.residency() if filling else residency
-        tiles = self.stack(self, decoding.root.vocabulary_rows).tiles
+        tiles = self.stack(self, decoding.root.vocabulary_rows).fastest
+        if prompt:
+            tiles = tiles.model_copy(update={"prompt_heads": prompt.tiles["prompt_heads"]})
         return self.parts.looped(residency, before, decoding.root.depth, tiles).seconds(
             self.repeats
         )
@@ -417,6 +524,8 @@ class Space:
                 continue
             for size, seconds in reversed(self.points(cap)):
                 keys = list(stack.fillings(decoding, room - stack.fixed_prefill - size))
+                if self.dear:
+                    keys.append((0, 0, 0))
                 for key in keys:
                     bound = self._filling_bound(decoding, key, seconds, cap, rest)
                     found[key] = min(found.get(key, UNLIMITED), bound)
@@ -437,13 +546,11 @@ class Space:
         stack = self.stack(self, root.vocabulary_rows)
         streamed = stack.streamed(*residents)
         looped = stack.streamed(decoding.attn, decoding.mlp, decoding.head)
-        if self.repeats:
-            # what is added after prefill comes in the first iteration
-            everything = self.copied(streamed, first=False)
-            least = self.problem.costs.beside.least
-            first = least(stack.decode_compute, everything, stack.steps)
-            rest = max(rest, first + (self.repeats - 1) * stack.period(looped, root.depth))
-        return self.front_bound(root, streamed, looped, compute, cap) + rest
+        cleared = self.problem.costs.touch(stack.total - streamed)
+        front = self.front_bound(
+            root, streamed, looped, compute, cap, residents=residents[:2], cleared=cleared
+        )
+        return front + max(rest, self._loop_bound(root, streamed, looped)) + stack.start
 
     def worked_fillings(self, filling: Filling) -> Iterator[tuple[float, Filling]]:
         """The same residents spread in each way, under each cap, with the fastest prompt tiles that fit and exact seconds; and fewer residents where some cap admits none, or slower tiles than without."""
@@ -471,7 +578,7 @@ class Space:
                 seen.add(key)
                 images = self.problem.workload.images
                 front = self._joined(towers, prompt) if images else min(prompt.seconds)
-                yield front + self.rest(decoding, anchored), anchored
+                yield front + self.rest(decoding, anchored, prompt), anchored
         if everywhere or self.short or not filling.attn + filling.mlp:
             return
         fewer = (filling.attn - 1, filling.mlp, filling.head)
@@ -506,11 +613,13 @@ class Space:
         staged = [job for number, job in enumerate(frame.jobs) if number not in early]
         beside = self.problem.costs.beside
         least = beside.least(sum(steps), sum(job.seconds for job in staged), len(steps))
+        start = self.started(self.prefill, dict(tiles)) + self.stack(self, vocabulary_rows).start
         return Prompt(
             dict(tiles),
             frame,
             steps,
-            max(line(steps, staged)[0][-1], least),
+            start,
+            start + max(line(steps, staged)[0][-1], least),
             sum(frame.jobs[number].seconds for number in early),
             beside,
         )
@@ -529,7 +638,7 @@ class Space:
             return
         tower, prompt = towers[number], self.prompt(filling)
         assert prompt is not None
-        rest = self.rest(filling.decoding, filling)
+        rest = self.rest(filling.decoding, filling, prompt)
         yield (
             min(v + p for v, p in zip(tower.seconds, prompt.seconds, strict=True)) + rest,
             "vision_then_llm",
@@ -542,7 +651,7 @@ class Space:
 
     def _joined(self, towers: Sequence[Tower], prompt: Prompt) -> float:
         """Vision by one of these towers, the fastest first, and prefill take at least so long where weights of one come beside the other."""
-        compute = min(tower.compute_seconds for tower in towers) + sum(prompt.steps)
+        compute = min(t.compute_seconds for t in towers) + sum(prompt.steps) + prompt.start
         copied = min(tower.copy_seconds for tower in towers) + prompt.frame.copy_seconds
         steps = max(len(tower.frame.bare.units) for tower in towers) + len(prompt.steps)
         together = self.problem.costs.beside.least(compute, copied, steps)

@@ -57,6 +57,12 @@ class Stack:
         parts, problem = space.parts, space.problem
         pinned = problem.request.tiles or START
         self.tiles: Tiles = pinned.model_copy(update={"vocabulary_rows": vocabulary_rows})
+        start = {
+            rows: problem.start_s(pinned.model_copy(update={"vocabulary_rows": rows}))
+            for rows in space.vocabulary_rows()
+        }
+        # seconds by which the run starts later than with the rows with which it starts soonest
+        self.start = start[vocabulary_rows] - min(start.values())
         bare = parts.bare_text(True, vocabulary_rows)
         first = parts.bare_text(False, vocabulary_rows)
         self.layers, _, self.heads = parts.totals(vocabulary_rows)
@@ -100,7 +106,10 @@ class Stack:
             self.layer_cache = 2**60  # the closed form cannot tell how many fit
         if not space.repeats:
             self.fixed_prefill = 0  # residents are given up as they are used
-        seconds = parts.seconds("decode", bare, self.tiles)
+        # attention in one call for all heads: no other number of calls is faster
+        heads = pinned.prompt_heads if problem.request.tiles else problem.model.text.kv_heads
+        self.fastest = self.tiles.model_copy(update={"prompt_heads": heads})
+        seconds = parts.seconds("decode", bare, self.fastest)
         self.decode_compute = sum(seconds)
         self.one_attn, self.one_mlp = seconds[1], seconds[2]
         self.one_head = min(seconds[2 * self.layers + 2 : -1])

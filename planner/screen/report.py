@@ -148,9 +148,9 @@ def _request(plan: Plan, rates: str) -> list[tuple[str, str]]:
         *_again(plan),
         (
             "search",
-            f"{prediction.candidates} settings weighed: none can take less than "
-            f"{format_seconds(prediction.seconds_lower_bound)} here, "
-            f"nor fit less than {unit.named(prediction.smallest_budget_bytes)}",
+            f"{prediction.candidates} settings weighed: in the space searched none takes less "
+            f"than {format_seconds(prediction.seconds_lower_bound)} here, "
+            f"nor fits less than {unit.named(prediction.smallest_budget_bytes)}",
         ),
     ]
 

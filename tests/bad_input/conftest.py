@@ -20,7 +20,9 @@ import planner.cli
 from executor.make_checkpoint import make_random_checkpoint
 
 ROOT = Path(__file__).parents[2]
-BUDGET = "1GiB"  # every run is in this process, which holds about 500 MiB once all tests are collected
+BUDGET = (
+    "1GiB"  # every run is in this process, which holds about 500 MiB once all tests are collected
+)
 PROMPT = "What is this?"
 
 

@@ -12,6 +12,8 @@ import pytest
 
 from planner.certificate import least_plan
 from planner.climb import climbed
+from planner.evaluate import card_bound
+from planner.footprint import STEP_BYTES
 from planner.fronts import Option
 from planner.problem import Problem, Request
 from planner.profile import load_profile
@@ -81,6 +83,23 @@ def test_a_climb_ends_at_a_faster_plan_that_fits_where_the_space_has_none(
         better.choice.tiles
     )
     assert plan.prediction.seconds_lower_bound <= plan.prediction.seconds
+
+
+@pytest.mark.parametrize("seed", [11, 1080, 1102])
+@pytest.mark.parametrize("more", [1.001, 1.05])
+def test_the_arena_beside_blocks_is_as_large_as_the_allocator_lets_it_be(
+    optimality: Any, seed: int, more: float
+) -> None:
+    space, least = near(optimality, seed, more)
+    refit, choice = Refit(space), least.choice
+    rooms = refit.rooms(choice.images_together, choice.tiles.vocabulary_rows)
+    for room, classes in rooms:
+        tiles = {k: v for found in classes.values() for k, v in found[0].tiles.items()}
+        blocks = space.footprint.blocks(
+            choice.tiles.model_copy(update=tiles), choice.images_together
+        )
+        assert card_bound(space.problem, room + STEP_BYTES, blocks) > refit.budget
+    assert any(room for room, _ in rooms)
 
 
 def test_where_no_settings_may_be_worked_out_a_climb_stays_where_it_is(optimality: Any) -> None:

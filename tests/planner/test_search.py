@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import pytest
 
+from planner.certificate import least_plan
 from planner.check import check
 from planner.errors import BudgetTooSmall
 from planner.evaluate import evaluate
@@ -13,7 +15,8 @@ from planner.plan.shapes import Workload
 from planner.problem import Problem, Request
 from planner.profile import load_profile
 from planner.schedule import PhaseResidency
-from planner.search import build
+from planner.search import build, fastest, search
+from planner.space import Space
 from planner.units import GIB, MIB, parse_bytes
 
 PHOTO = ((3840, 2160),)
@@ -100,6 +103,56 @@ def test_more_budget_is_never_slower(
         seconds = kit.plan(model, int(size * GIB), device, workload).prediction.seconds
         assert seconds <= best * 1.001, size
         best = min(best, seconds)
+
+
+def test_a_long_prompt_beside_a_link_is_never_slower_with_more_budget(kit: Any) -> None:
+    """With one slot nothing is copied while its unit computes; the bounds know it, or the search ends among settings that only look fast."""
+    workload = kit.workload([(28, 28)], new=2, prompt=30000)
+    best = float("inf")
+    for budget in ("2323874040B", "2.5GB", "3GB", "4GB", "6GB"):
+        plan = kit.plan(
+            "3b", parse_bytes(budget), "rtx-6000-ada-48gb", workload, ram_bytes=10**9, command=""
+        )
+        assert plan.prediction.seconds <= best, budget
+        best = plan.prediction.seconds
+
+
+@pytest.mark.parametrize(
+    ("images", "new", "most"), [(((28, 28),), 1, 1.01), (((28, 28),), 2, 1.05), ((), 2, 1.05)]
+)
+def test_residents_that_cost_more_to_clear_than_they_save_are_no_must(
+    kit: Any, images: Any, new: int, most: float
+) -> None:
+    """Few tokens on the CPU: new pages take longer than reading again. What so few tokens at most take, and no bound lies above another budget's plan."""
+    workload = kit.workload(images, new=new, prompt=64)
+    plans = [
+        kit.plan("3b", budget, "cpu", workload).prediction
+        for budget in (700 * MIB, 3 * GIB, 5 * GIB, None)
+    ]
+    seconds = [plan.seconds for plan in plans]
+    for number, plan in enumerate(plans):
+        assert plan.seconds <= min(seconds[: number + 1]) * most
+        assert plan.seconds_lower_bound <= min(seconds[number:])
+
+
+def test_what_tiles_add_to_the_start_counts(kit: Any) -> None:
+    """Priming runs a tile of each kind of step: with one image in one tile that is a whole step more."""
+    workload = kit.workload([(640, 480)], new=8, prompt=64)
+    request, profile = Request(kit.checkpoint("3b"), workload, None), load_profile("cpu")
+    problem = Problem(request, profile)
+    best = search(request, profile, compared=False)
+    choice = fastest(
+        Space(problem), least_plan(problem), weighed_most=10**4, built_most=100
+    ).best.choice
+    assert problem.start_s(choice.tiles) > profile.start_s
+    shorter = 0
+    for name in ("patch_rows", "window_rows", "query_rows", "merger_rows", "prompt_rows"):
+        for rows in (64, 256, 1024, 4096):
+            tiles = choice.tiles.model_copy(update={name: rows})
+            other = build(request, profile, replace(choice, tiles=tiles)).prediction
+            assert other.seconds >= best.prediction.seconds * (1 - 1e-4), (name, rows)
+            shorter += other.phases[0].seconds < best.prediction.phases[0].seconds
+    assert shorter  # some start sooner, and take longer then
 
 
 SMALLEST = [

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from planner.certificate import least_plan
 from planner.problem import Problem
+from planner.profile import load_profile
 from planner.schedule import Choice
-from planner.search import fastest
+from planner.search import fastest, usual_way
 from planner.space import Decoding, Filling, Space
 from planner.variants import evaluate_ordered
 from planner.worked import worked
@@ -80,6 +82,29 @@ def check_fastest(optimality: Any, seed: int) -> None:
             faster[choice] = done.seconds
     for choice in faster:
         assert evaluate_ordered(problem, choice).bound_bytes > budget, choice
+
+
+@pytest.mark.parametrize("seed", [2, 9, 23, 25])
+def test_bounds_hold_where_pages_are_cleared_and_tiles_add_to_the_start(
+    optimality: Any, seed: int
+) -> None:
+    """A measured CPU: new pages, queues that slow one another down, code made for products (those that two kinds share are counted twice)."""
+    request, _ = optimality.drawn(seed)
+    profile = load_profile("cpu")
+    least = least_plan(Problem(request, profile)).bound_bytes
+    most = usual_way(request, profile).prediction.bound_peak_bytes
+    space = Space(Problem(replace(request, budget_bytes=(3 * least + most) // 4), profile))
+    settings = 0
+    for bound, choice in members(space):
+        tiles = choice.tiles.model_dump()
+        options = [space.prefill]
+        if request.workload.images:
+            options.append(space.vision[choice.images_together])
+        start = sum(space.started(each, tiles) for each in options)
+        start += space.stack(space, choice.tiles.vocabulary_rows).start
+        settings += 1
+        assert bound <= (worked(space.parts, choice).seconds + start) * (1 + EQUAL), choice
+    assert settings
 
 
 def judged(optimality: Any, seeds: Sequence[int], seconds: float) -> list[float]:
