@@ -222,6 +222,8 @@ def _check_options(options: argparse.Namespace) -> None:
     if options.prompt is None:
         raise InputError("--prompt is missing: give the question")
     for path in options.image:
+        if os.path.isdir(path):
+            raise InputError(f"--image {path}: wanted an image file, found a directory")
         if not os.path.isfile(path):  # also for a name that no file can have
             raise InputError(f"--image {path}: no such file")
     read = [*options.image, *filter(None, [options.plan])]
@@ -393,7 +395,9 @@ def _execute(options: argparse.Namespace, plan: Plan, checkpoint: Checkpoint) ->
     with ExitStack() as stack:
         answer: Callable[[Request], Result] = partial(run, plan)
         if len(options.prompt) > 1:
-            answer = stack.enter_context(Session(plan, request)).answer
+            session = stack.enter_context(Session(plan, request))
+            session.check(options.prompt)
+            answer = session.answer
         for number, prompt in enumerate(options.prompt, start=1):
             outputs = _numbered(options.save_outputs, number)
             asked = replace(request, prompt=prompt, save_outputs=outputs)

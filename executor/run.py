@@ -93,6 +93,7 @@ class Session(AbstractContextManager["Session"]):
         self._stack = ExitStack()
         self._loaded: _Loaded | None = None
         self._usable = True
+        self._tokenizer: Any = None
         # of the answer whose keys and values lie in the arena
         self._prompt: Prompt | None = None
         self._images: tuple[object, ...] = ()
@@ -103,8 +104,22 @@ class Session(AbstractContextManager["Session"]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._usable, self._loaded, self._prompt, self._images = False, None, None, ()
+        self._usable, self._loaded, self._tokenizer = False, None, None
+        self._prompt, self._images = None, ()
         self._stack.close()
+
+    def check(self, prompts: Sequence[Sequence[int] | str]) -> None:
+        """InputError now, not when its turn comes, for a prompt that the plan has no room for or that is none; nothing is loaded but the tokenizer."""
+        check_request(self._plan, self._request)
+        for prompt in prompts:
+            asked = replace(self._request, prompt=prompt)
+            read_prompt(self._plan, asked, self._tokenizer_of(asked))
+
+    def _tokenizer_of(self, request: Request) -> Any:
+        """Loaded once, and before the context is measured: a real one holds some 60 MiB."""
+        if self._tokenizer is None and request.tokenizer:
+            self._tokenizer = load_tokenizer(request.tokenizer)
+        return self._tokenizer
 
     def ask(
         self,
@@ -132,11 +147,9 @@ class Session(AbstractContextManager["Session"]):
         plan = self._plan
         if self._loaded is None:
             check_request(plan, request)
-            # once, and before the context is measured: a real one holds some 60 MiB
-            tokenizer = load_tokenizer(request.tokenizer) if request.tokenizer else None
         else:
             check_images(plan, request)
-            tokenizer = self._loaded.tokenizer
+        tokenizer = self._tokenizer_of(request)
         prompt = read_prompt(plan, request, tokenizer)
         images = tuple(map(_identity, request.images))
         round_ = self._round(prompt, images, alone=alone)
@@ -163,7 +176,7 @@ class Session(AbstractContextManager["Session"]):
                 )
             with loading:
                 if self._loaded is None:
-                    loaded = self._load(request, device, prompt, sampling, tokenizer, alone=alone)
+                    loaded = self._load(request, device, prompt, sampling, alone=alone)
                 else:
                     loaded = self._loaded
                     loaded.make_room(round_)
@@ -251,7 +264,6 @@ class Session(AbstractContextManager["Session"]):
         device: Device,
         prompt: Prompt,
         sampling: Sampling,
-        tokenizer: Any,
         *,
         alone: bool,
     ) -> _Loaded:
@@ -279,7 +291,7 @@ class Session(AbstractContextManager["Session"]):
             if malloc_fixed
             else ("malloc's thresholds could not be fixed here: peaks are less exact",)
         )
-        self._loaded = _Loaded(plan, device, arena, runs, tokenizer, context_bytes, notes)
+        self._loaded = _Loaded(plan, device, arena, runs, context_bytes, notes)
         self._usable = True
         return self._loaded
 
@@ -295,7 +307,6 @@ class _Loaded:
     device: Device
     arena: Arena
     runs: Runs
-    tokenizer: Any
     context_bytes: int | None
     notes: tuple[str, ...]
     host: HostTier | None = None

@@ -128,16 +128,15 @@ def _span(fields: Sequence[str], where: str) -> Span:
     numbers = []
     for name, field in zip(COLUMNS[1:], fields[1:], strict=True):
         text = field.strip()
-        if not _NUMBER.fullmatch(text) or int(text) > MOST_BYTES:
+        least = 1 if name == "size" else 0
+        if not _NUMBER.fullmatch(text) or not least <= int(text) <= MOST_BYTES:
             raise InputError(
-                f"{where}: {name}: wanted a whole number from 0 to 2^60, found {text[:40]!r}"
+                f"{where}: {name}: wanted a whole number from {least} to 2^60, found {text[:40]!r}"
             )
         numbers.append(int(text))
     span = Span(fields[0], *numbers)
     if span.lower >= span.upper:
         raise InputError(f"{where}: wanted lower < upper, found {span.lower} and {span.upper}")
-    if not span.size:
-        raise InputError(f"{where}: size: wanted at least 1, found 0")
     return span
 
 

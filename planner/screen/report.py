@@ -75,7 +75,10 @@ def render_sweep(
     """Budget against seconds of one request, in 80 columns; the row for a budget is marked."""
     marked = ""
     if budget_bytes is not None:
-        marked = f" What {typed_budget(found.request, budget_bytes)} is good for is marked <--."
+        typed = typed_budget(found.request, budget_bytes)
+        marked = f" What {typed} is good for is marked <--."
+        if budget_bytes < found.points[0].budget_bytes:
+            marked = f" {typed} is less than the first row's: nothing fits it."
     at_most = "at most " if workload.prompt_is_bound else ""
     tokens = f"{at_most}{_tokens(workload)}"
     return Group(

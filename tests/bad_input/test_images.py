@@ -154,3 +154,8 @@ def test_an_image_that_went_bad_after_planning_is_refused(
 
 def test_more_images_than_planned_are_refused(kit: Any) -> None:
     kit.execute(images=(kit.image, kit.image)).refused("the plan is for 1 images, found 2")
+
+
+def test_a_directory_is_no_image_for_either_command(kit: Any) -> None:
+    kit.execute(images=(kit.folder,)).refused("wanted an image file, found a directory")
+    kit.plan("--image", str(kit.folder)).refused("wanted an image file, found a directory")

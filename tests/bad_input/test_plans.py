@@ -91,6 +91,14 @@ def test_a_prompt_longer_than_the_plan_is_refused(kit: Any) -> None:
     kit.execute(prompt="What is this, and what is that? " * 4).refused("the plan room for")
 
 
+def test_a_further_prompt_longer_than_the_plan_is_refused_before_the_first_is_answered(
+    kit: Any,
+) -> None:
+    found = kit.execute("--prompt", "What is this, and what is that? " * 4)
+    found.refused("the plan room for")
+    assert found.out == ""
+
+
 @pytest.mark.parametrize("prompt", ["", "   ", "\n"])
 def test_an_empty_prompt_is_refused_by_both_commands(prompt: str, kit: Any) -> None:
     kit.plan("--prompt", prompt).refused("found an empty text")

@@ -163,6 +163,9 @@ def test_a_sweep_marks_what_the_budget_is_good_for(run: Any, short: None) -> Non
     assert float(row[0]) == max(size for size in sizes if size <= 5.59)
     assert "What 6GB (5.59 GiB) is good for is marked <--." in " ".join(out.split())
     assert "<--" not in run(*WORDS).out
+    out = run(*WORDS, "--vram", "1MB").out
+    assert "<--" not in out
+    assert "1MB (0.00 GiB) is less than the first row's: nothing fits it." in " ".join(out.split())
 
 
 def test_sweep_as_json_is_one_document_that_reads_back(run: Any, short: None) -> None:
