@@ -38,10 +38,11 @@ START = Tiles(
 
 
 class Option(NamedTuple):
-    """One tile setting of one kind of step: seconds of all of the phase's steps of that kind and of its start, bytes of one step.
+    """One tile setting of one kind of step: seconds of all of the phase's steps of that kind with its `start`, bytes of one of them.
 
-    `start`: the seconds by which the run starts later than with the setting of that kind that starts soonest. `bytes`: its scratch in the arena. `outside`: the most that its blocks outside it take, and `blocks` of each group of
-    images. `kept`: what the CPU's library keeps for its products.
+    `bytes`: its scratch in the arena. `outside`: the most that its blocks outside it take, and `blocks` of each group of
+    images. `kept`: what the CPU's library keeps for its products. `start`: by how many seconds the run starts later
+    than with the setting of that kind with which it starts soonest.
     """
 
     seconds: float

@@ -131,14 +131,12 @@ class Refit:
 
     def _fixed_blocks(self, vocabulary_rows: int) -> list[tuple[Outside, ...]]:
         """Blocks outside the arena of the language model's steps that have no tiles to choose."""
-        parts, tiles = (
-            self.space.parts,
-            START.model_copy(update={"vocabulary_rows": vocabulary_rows}),
-        )
-        phases: list[tuple[Phase, bool]] = [("prefill", False), ("decode", True)]
+        parts = self.space.parts
+        tiles = START.model_copy(update={"vocabulary_rows": vocabulary_rows})
+        texts: list[tuple[Phase, bool]] = [("prefill", False), ("decode", True)]
         return [
             self.problem.outside(kind, phase, tiles, ())
-            for phase, looped in phases[: 2 if parts.repeats else 1]
+            for phase, looped in texts[: 2 if parts.repeats else 1]
             for kind in dict.fromkeys(parts.bare_text(looped, vocabulary_rows).kinds)
             if kind not in self.space.options(phase, True)
         ]

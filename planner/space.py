@@ -15,9 +15,10 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
-from operator import le, mul
+from operator import le
 from typing import NamedTuple
 
+from planner.bounds import Bounds
 from planner.footprint import Footprint
 from planner.fronts import (
     START,
@@ -118,10 +119,8 @@ class Space:
         self.footprint = Footprint(problem, self.parts, options)
         self.prompt_compute = least_seconds(self.prefill, self.caps[0])
         self.towers = lru_cache(maxsize=None)(self._towers)
-        self.tower_bound = lru_cache(maxsize=None)(self._tower_bound)
         self.stack = lru_cache(maxsize=None)(Stack)
         self.points = lru_cache(maxsize=None)(self._points)
-        self.prompts = lru_cache(maxsize=None)(self._prompts)
         self.prompt = lru_cache(maxsize=None)(self._prompt)
         self.prompted = lru_cache(maxsize=None)(self._prompted)
         self.tower_live = lru_cache(maxsize=None)(self._tower_live)
@@ -129,6 +128,7 @@ class Space:
         self.text_peaks = lru_cache(maxsize=4096)(self._text_peaks)
         self.loaded = lru_cache(maxsize=None)(self._loaded)
         self.by_blocks = lru_cache(maxsize=None)(self._by_blocks)
+        self.bounds = Bounds(self)
         layers = problem.model.text.layers
         # as many slots as units of a class may stage all of them
         self.short = layers <= max(DEPTHS)
@@ -209,45 +209,11 @@ class Space:
             if room >= 0:
                 everything = stack.layers, stack.layers
                 rest = stack.rest_bound(depth, streamed)
-                yield self._bound(root, streamed, rest, everything), root
+                yield self.bounds.decoding(root, streamed, rest, everything), root
 
     def room(self, root: Root, cap: float) -> float:
         """Bytes of the arena (on the CPU: of all that is held at a step) under a cap on bytes outside it."""
         return self.footprint.room(cap) - root.less
-
-    def front_bound(
-        self,
-        root: Root,
-        streamed: float,
-        looped: float,
-        compute: float,
-        cap: float,
-        *,
-        residents: tuple[int, int],
-        cleared: float = 0.0,
-    ) -> float:
-        """Vision and prefill take at least so long where so many bytes of the language model are streamed in prefill, and so many in decode.
-
-        `compute`: of the prompt's tiles; `residents`: attention and MLP halves, at most; `cleared`: of new pages for them.
-        """
-        problem, stack = self.problem, self.stack(self, root.vocabulary_rows)
-        least = problem.costs.beside.least
-        pin, brought = stack.pin_bound(looped), stack.brought + cleared
-        link = self.copied(streamed, first=True)
-        serial = 0.0
-        if root.depth == 1:
-            # nothing is copied while what came through the only slot computes
-            shares = [1 - count / stack.layers for count in residents]
-            least_of = [self.prefill[kind][0].seconds for kind in ("self_attn", "text_mlp")]
-            slower = max(compute - sum(least_of), 0.0) * min(shares)
-            serial = link + sum(map(mul, shares, least_of)) + slower
-        compute += stack.small_prefill
-        if not problem.workload.images:
-            link = self.copied(stack.total, first=True) + cleared
-        prefill = max(link + pin, least(compute, link, stack.steps), serial)
-        vision, encoding, steps = self.tower_bound(cap)
-        together = least(encoding + compute, brought, steps + stack.steps)
-        return max(vision + prefill, brought + pin, together)
 
     def fitting(
         self, options: Options, frame: Frame, room: float, cap: float, fixed: Taken | None = None
@@ -262,18 +228,6 @@ class Space:
         return fastest(options, frame.base, room, cap)
 
     # --- vision ---------------------------------------------------------------------------------------------------
-
-    def _tower_bound(self, cap: float) -> tuple[float, float, int]:
-        """No tower is faster, nor has fewer seconds of steps, nor more of these."""
-        if not self.problem.workload.images:
-            return 0.0, 0.0, 0
-        bare = self.parts.bare_vision(True)
-        once = self.copied(sum(bare.units), first=True)
-        first = self.copied(bare.units[0], first=True)
-        compute = min(least_seconds(options, cap) for options in self.vision.values())
-        steps = max(len(self.parts.bare_vision(together).units) for together in self.modes)
-        least = self.problem.costs.beside.least(compute, once, steps)
-        return max(compute + first, least), compute, steps
 
     def _towers(self, depth: int, cap: float, room: float) -> list[Tower]:
         """Settings of the vision tower that fit, the fastest first."""
@@ -359,54 +313,8 @@ class Space:
         stack = self.stack(self, root.vocabulary_rows)
         streamed = stack.streamed(attn, mlp, head)
         rest = stack.rest_bound(root.depth, streamed, attn, mlp, head)
-        bound = self._bound(root, streamed, rest, (attn, mlp))
+        bound = self.bounds.decoding(root, streamed, rest, (attn, mlp))
         return bound, Decoding(root, attn, mlp, head)
-
-    def _bound(self, root: Root, looped: float, rest: float, residents: tuple[int, int]) -> float:
-        """All takes at least so long where so many bytes are streamed in decode, which takes `rest` where its residents, at most so many attention and MLP halves, are there before."""
-        best = UNLIMITED
-        for least, compute in self.prompts(root):
-            streamed = max(looped, least)
-            cap = self.caps[0]
-            front = self.front_bound(root, streamed, looped, compute, cap, residents=residents)
-            best = min(best, front + max(rest, self._loop_bound(root, streamed, looped)))
-            if least <= looped:
-                break  # slower tiles would only leave room
-        return (
-            max(best, self._cleared_bound(root, looped))
-            + self.stack(self, root.vocabulary_rows).start
-        )
-
-    def _prompts(self, root: Root) -> list[tuple[float, float]]:
-        """How many bytes are streamed in prefill at least, and seconds of the prompt's tiles: more bytes, fewer seconds."""
-        stack = self.stack(self, root.vocabulary_rows)
-        if stack.lax:
-            return [(0.0, self.prompt_compute)]
-        room = self.room(root, self.caps[-1]) - stack.fixed_prefill
-        fitting = [(size, seconds) for size, seconds in self.points(self.caps[0]) if size <= room]
-        return [(stack.total - room + size, seconds) for size, seconds in reversed(fitting)]
-
-    def _loop_bound(self, root: Root, streamed: float, looped: float) -> float:
-        """Decode takes at least so long where so many bytes are streamed in prefill, and so many in decode."""
-        if not self.repeats:
-            return 0.0
-        stack, costs = self.stack(self, root.vocabulary_rows), self.problem.costs
-        # what is added after prefill comes in the first iteration, into new pages
-        copied = self.copied(streamed, first=False) + costs.touch(int(streamed - looped))
-        first = costs.beside.least(stack.decode_compute, copied, stack.steps)
-        return first + (self.repeats - 1) * stack.period(looped, root.depth)
-
-    def _cleared_bound(self, root: Root, looped: float) -> float:
-        """All takes at least so long where so many bytes are streamed in decode: new pages for the others are cleared before its first iteration ends."""
-        stack = self.stack(self, root.vocabulary_rows)
-        cleared = self.problem.costs.touch(int(stack.total - looped))
-        if not cleared or not self.repeats:
-            return 0.0
-        _, encoding, steps = self.tower_bound(self.caps[0])
-        compute = encoding + self.prompt_compute + stack.small_prefill + stack.decode_compute
-        copied = stack.brought + cleared + (self.copied(looped, first=False) if looped else 0.0)
-        first = self.problem.costs.beside.least(compute, copied, steps + 2 * stack.steps)
-        return first + (self.repeats - 1) * stack.period(looped, root.depth)
 
     def worked_decodings(self, decoding: Decoding) -> Iterator[tuple[float, Decoding]]:
         """The same residents spread in each way, with the exact seconds of their loop; and fewer, where that admits more."""
@@ -428,7 +336,7 @@ class Space:
                 if peak <= most and (not left or left > root.depth):
                     fitting = True
                     rest = self.rest(anchored, None)
-                    yield self._bound(root, streamed, rest, (attn, mlp)), anchored
+                    yield self.bounds.decoding(root, streamed, rest, (attn, mlp)), anchored
                 everywhere &= peak <= least
             if attn == stack.layers and not (fitting and everywhere):
                 yield from self._fewer_others(root, mlp, head)
@@ -514,7 +422,7 @@ class Space:
             ]
             compute, cap = self.prompt_compute, self.caps[0]
             for residents in product(range(decoding.attn + 1), range(decoding.mlp + 1), fewer):
-                bound = self._filling_bound(decoding, residents, compute, cap, rest)
+                bound = self.bounds.filling(decoding, residents, compute, cap, rest)
                 yield bound, Filling(decoding, *residents)
             return
         found: dict[tuple[int, int, int], float] = {}
@@ -527,30 +435,12 @@ class Space:
                 if self.dear:
                     keys.append((0, 0, 0))
                 for key in keys:
-                    bound = self._filling_bound(decoding, key, seconds, cap, rest)
+                    bound = self.bounds.filling(decoding, key, seconds, cap, rest)
                     found[key] = min(found.get(key, UNLIMITED), bound)
                 if decoding[1:4] in keys:
                     break  # everything stays: slower tiles bring nothing
         for key, bound in found.items():
             yield bound, Filling(decoding, *key)
-
-    def _filling_bound(
-        self,
-        decoding: Decoding,
-        residents: tuple[int, int, int],
-        compute: float,
-        cap: float,
-        rest: float,
-    ) -> float:
-        root = decoding.root
-        stack = self.stack(self, root.vocabulary_rows)
-        streamed = stack.streamed(*residents)
-        looped = stack.streamed(decoding.attn, decoding.mlp, decoding.head)
-        cleared = self.problem.costs.touch(stack.total - streamed)
-        front = self.front_bound(
-            root, streamed, looped, compute, cap, residents=residents[:2], cleared=cleared
-        )
-        return front + max(rest, self._loop_bound(root, streamed, looped)) + stack.start
 
     def worked_fillings(self, filling: Filling) -> Iterator[tuple[float, Filling]]:
         """The same residents spread in each way, under each cap, with the fastest prompt tiles that fit and exact seconds; and fewer residents where some cap admits none, or slower tiles than without."""
@@ -585,7 +475,7 @@ class Space:
         if not filling.attn:
             fewer = (decoding.attn, filling.mlp - 1, filling.head)
         compute, rest = self.prompt_compute, self.rest(decoding, None)
-        bound = self._filling_bound(decoding, fewer, compute, self.caps[0], rest)
+        bound = self.bounds.filling(decoding, fewer, compute, self.caps[0], rest)
         yield bound, Filling(decoding, *fewer)
 
     def quickest(self, cap: float) -> dict[str, int] | None:
