@@ -35,7 +35,10 @@ from planner.units import format_gib
 from planner.variants import evaluate_ordered, variants
 from planner.worked import plain_bytes
 
-OPENED_STEPS = 160_000  # steps of all nodes of the space that are opened, at most
+OPENED_CPU, OPENED_CARD = (
+    240_000,
+    160_000,
+)  # steps of all nodes of the space that are opened, at most
 SLOPE, STEEPER = 1 / 256, 40  # by which refined nodes are preferred then; doubled after so many
 REFUSED = 3  # settings with the same residents and prompt tiles that are worked out in full and do not fit, at most
 LACKED = 3  # settings that did not fit, after which all are given as much less room as the least of them lacked
@@ -58,8 +61,8 @@ def search(request: Request, device: DeviceProfile, *, compared: bool = True) ->
     if budget is not None and budget < smallest.bound_bytes:
         raise certificate(problem, smallest)
     steps = len(smallest.program.steps)
-    weighed, built = OPENED_STEPS // steps, max(BUILT, OPENED_STEPS // 50 // steps)
-    found = fastest(space, smallest, weighed_most=weighed, built_most=built)
+    opened = (OPENED_CPU if problem.on_cpu else OPENED_CARD) // steps
+    found = fastest(space, smallest, weighed_most=opened, built_most=max(BUILT, opened // 50))
     near = budget is not None and budget < smallest.bound_bytes * CLIMBED_NEAR
     most = OVER_CPU if problem.on_cpu else OVER_CARD
     if space.dear:
@@ -71,7 +74,9 @@ def search(request: Request, device: DeviceProfile, *, compared: bool = True) ->
     return assemble(
         problem,
         found.best,
-        lower_bound=found.lower_bound - space.start(found.best.choice.tiles),
+        lower_bound=min(
+            found.lower_bound - space.start(found.best.choice.tiles), found.best.seconds
+        ),
         candidates=found.weighed,
         smallest_bytes=smallest.bound_bytes,
         variants=(*variants(problem, found.best), usual(problem)) if compared else (),
