@@ -11,9 +11,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
-from itertools import count, islice, product, takewhile
-from operator import add, ge
+from itertools import islice, product
+from operator import add
 
 from planner.evaluate import Evaluated
 from planner.plan.words import Order
@@ -122,8 +121,8 @@ def _language(space: Space, choice: Choice) -> Iterator[tuple[PhaseResidency, Ph
 def _doubled(totals: Sequence[int]) -> Iterator[tuple[int, ...]]:
     """Twice, four times and so on as many units of one class more or fewer: where residents hardly pay the best number may be far."""
     for place, total in enumerate(totals):
-        for step in takewhile(partial(ge, total), (2**k for k in count(1))):
-            for signed in (step, -step):
+        for power in range(1, total.bit_length()):
+            for signed in (2**power, -(2**power)):
                 yield tuple(signed if n == place else 0 for n in range(len(totals)))
 
 

@@ -35,10 +35,8 @@ from planner.units import format_gib
 from planner.variants import evaluate_ordered, variants
 from planner.worked import plain_bytes
 
-OPENED_CPU, OPENED_CARD = (
-    240_000,
-    160_000,
-)  # steps of all nodes of the space that are opened, at most
+# steps of all nodes of the space that are opened, at most
+OPENED_CPU, OPENED_CARD = 240_000, 160_000
 SLOPE, STEEPER = 1 / 256, 40  # by which refined nodes are preferred then; doubled after so many
 REFUSED = 3  # settings with the same residents and prompt tiles that are worked out in full and do not fit, at most
 LACKED = 3  # settings that did not fit, after which all are given as much less room as the least of them lacked
@@ -180,8 +178,7 @@ def fastest(
 def _climbed(space: Space, found: Found, most: int) -> Found:
     """The same, or better where the space has left out what would fit."""
     best, weighed = climbed(space, found.best, most=most)
-    bound = min(found.lower_bound, weighed_seconds(space, best))
-    return found._replace(best=best, weighed=found.weighed + weighed, lower_bound=bound)
+    return found._replace(best=best, weighed=found.weighed + weighed)
 
 
 def _dive(space: Space, queue: _Queue, smallest: Evaluated) -> Evaluated:

@@ -30,7 +30,8 @@ def assert_near(found: list[Rows]) -> None:
     ours, theirs, reference = (torch.cat(rows) for rows in zip(*found, strict=True))
     assert 0 < differences(ours, reference) < 1.2**2 * differences(theirs, reference)
     if not torch.cpu._is_avx512_supported():
-        return  # 16-bit products go through other kernels: one case in 16 lies 4 % beyond this noise
+        # 16-bit products go through other kernels there: one case in 16 lies 4 % beyond this noise
+        pytest.skip("the distance holds; which is largest is compared on CPUs with AVX-512 alone")
     best = reference.topk(2).values
     other = ours.argmax(dim=1) != reference.argmax(dim=1)
     noise = (theirs - reference).abs().max()
